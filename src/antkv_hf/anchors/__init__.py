@@ -1,0 +1,32 @@
+"""Which tokens stay exact: one file a score behind the interface in `base`; `budget` says how many."""
+
+from .accumulated_attention import AccumulatedAttention
+from .anchor_score import AnTKVAnchorScore
+from .base import AnchorScore, TokenContext
+from .budget import anchors_per_chunk, select_anchors
+from .error_aware import ErrorAware
+from .first_tokens import FirstTokens
+from .key_norm import KeyNorm
+from .random_tokens import RandomTokens
+from .squared_attention import SquaredAttention
+
+SCORES: dict[str, AnchorScore | None] = {
+    "error_aware": ErrorAware(),
+    "anchor_score": AnTKVAnchorScore(),
+    "accumulated_attention": AccumulatedAttention(),
+    "squared_attention": SquaredAttention(),
+    "key_norm": KeyNorm(),
+    "first_tokens": FirstTokens(),
+    "random": RandomTokens(),
+    "none": None,
+}
+
+
+def get_score(name: str) -> AnchorScore | None:
+    """The score of that name; raises ValueError listing the names there are."""
+    if name not in SCORES:
+        raise ValueError(f"anchor score {name!r} is unknown; choose one of {', '.join(SCORES)}")
+    return SCORES[name]
+
+
+__all__ = ["SCORES", "AnchorScore", "TokenContext", "anchors_per_chunk", "get_score", "select_anchors"]

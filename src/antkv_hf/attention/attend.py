@@ -1,0 +1,97 @@
+"""How an attention call on a cached layer is answered, and what its queries leave behind for the anchor score."""
+
+from __future__ import annotations
+
+import torch
+
+from ..storage import LayerStorage, Snapshot
+from ..reference.attention import Visibility, grouped
+from ..reference.scores import column_statistic
+from .backends import BACKENDS
+from .exact import exact_attention
+
+
+def attend(
+    past: Snapshot,
+    query: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    softcap: float | None = None,
+    sink_logit: torch.Tensor | None = None,
+    backend: str = "reference",
+    observer: LayerStorage | None = None,
+) -> torch.Tensor:
+    """Attention of `query` ``(batch, q_heads, q_len, head_dim)`` over a snapshot; the tail is its newest part.
+
+    Args:
+        mask: bool or additive ``(batch or 1, 1 or q_heads, 1 or q_len, length)``, or None.
+        scale: factor on q.k, ``head_dim ** -0.5`` by default.
+        is_causal: without a mask, causal counted from the end of the keys.
+        softcap, sink_logit: see `reference.attention.attention`.
+        observer: the storage whose tail tokens these queries score.
+
+    Returns:
+        ``(batch, q_heads, q_len, value_dim)`` in the query's dtype.
+
+    Raises:
+        ValueError: if heads, sizes or mask do not fit the snapshot.
+    """
+    batch, kv_heads = past.tail_keys.shape[:2]
+    if query.shape[0] != batch or query.shape[1] % kv_heads or query.shape[3] != past.tail_keys.shape[3]:
+        raise ValueError(
+            f"query of shape {tuple(query.shape)} does not fit a cache of batch {batch}, {kv_heads} kv heads "
+            f"and head size {past.tail_keys.shape[3]}"
+        )
+    if mask is not None and mask.shape[-1] != past.length:
+        raise ValueError(f"the attention mask covers {mask.shape[-1]} keys, but the cache holds {past.length}")
+    q_len = query.shape[2]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    visibility = Visibility(mask, is_causal and q_len > 1, q_len, past.length)
+    plain = past.coded_length == 0 and softcap is None and sink_logit is None
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # sums and scores stay in float32
+        answer = exact_attention(past, query, visibility, scale) if plain else None
+        if answer is None:
+            answer = BACKENDS[backend](past, query, visibility, scale, softcap, sink_logit)
+        out, lse = answer
+        if observer is not None:
+            observe(observer, past, query, out, lse, visibility, scale, softcap)
+    return out.flatten(1, 2).to(query.dtype)
+
+
+def observe(storage: LayerStorage, past: Snapshot, query, out, lse, visibility: Visibility, scale, softcap) -> None:
+    """Adds what these queries say of the tail tokens to the storage's running statistic."""
+    if storage.tail_keys is not past.tail_keys:
+        return  # an old snapshot: its tokens may have been encoded since
+    first_query = None
+    if visibility.mask is not None:
+        # The padding of a sequence is open until its first real token is encoded, and fixed from then on.
+        padding = padding_of(visibility.mask, past.tail_keys.shape[0])
+        storage.offset = torch.where(storage.offset >= storage.coded_length, padding, storage.offset)
+        if visibility.mask.shape[2] > 1:
+            first_query = storage.offset
+    if storage.score is None:
+        return
+    q = grouped(query, past.tail_keys.shape[1])
+    moment = q.square().sum(-1) * (scale**2 / q.shape[-1])
+    counted = torch.ones_like(moment)
+    if first_query is not None:
+        columns = torch.arange(past.length - visibility.q_len, past.length, device=q.device)
+        counted = (columns >= first_query.unsqueeze(1))[:, None, None].expand_as(moment).float()
+    storage.query_moment = storage.query_moment + torch.stack(
+        [(moment * counted).sum((2, 3)), counted.sum((2, 3))], -1
+    )
+    if storage.score.term is not None:
+        storage.statistic = storage.statistic + column_statistic(
+            storage.score.term, q, past.tail_keys, past.tail_values, out, lse, visibility, past.coded_length,
+            scale, softcap, first_query,
+        )  # fmt: skip
+
+
+def padding_of(mask: torch.Tensor, batch: int) -> torch.Tensor:
+    """Left padding of each sequence ``(batch,)``: keys before the first one that the last query sees."""
+    last = mask[:, 0, -1]
+    seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    first = seen.to(torch.int8).argmax(-1)
+    return torch.where(seen.any(-1), first, seen.shape[-1]).expand(batch).clone()

@@ -1,0 +1,1 @@
+"""What transformers meets: the only room that imports it for caching."""

@@ -1,0 +1,252 @@
+"""`AnTKVCache`: what ``model.generate(..., past_key_values=cache)`` meets."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ..anchors import get_score
+from ..attention.backends import select_backend
+from ..codebook import AnTKVCodebook
+from ..codecs import IdentityCodec, LayerCodec
+from ..config import AnTKVConfig
+from . import interface
+from .footprint import MemoryFootprint
+from .layer import AnTKVLayer, LayerPlan
+from .model_rotary import model_rotary
+from .prompt_guard import PromptGuard, generate_input_ids
+
+
+class AnTKVCache(Cache):
+    """A KV cache that keeps codes, a few exact anchor tokens and an exact recent window (AnTKV, arXiv 2506.19505).
+
+    Works with any loaded model as ``model.generate(**inputs, past_key_values=cache)``; nothing is patched. Only
+    full-attention layers are quantized; sliding, chunked and linear ones stay as transformers keeps them.
+
+    Args:
+        model_config: the model's config.
+        config: what to keep; the codebook's own by default. Its codec specs must be the codebook's.
+        codebook: tables of this model (not needed for ``AnTKVConfig.preset("identity")``).
+        on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
+            (default) or ``"reset"`` (start afresh; convenient in pipelines).
+
+    Raises:
+        ValueError: codebook of another model, specs that differ, MLA or encoder models, offloading, no layer to
+            quantize; the message names the numbers and the way out.
+
+    Example:
+        >>> cache = AnTKVCache.from_pretrained("codebooks/smollm2-135m-instruct-1bit")
+        >>> model.generate(**inputs, past_key_values=cache)
+        >>> print(cache.memory_footprint())
+    """
+
+    def __init__(
+        self,
+        model_config: PreTrainedConfig,
+        config: AnTKVConfig | None = None,
+        codebook: AnTKVCodebook | None = None,
+        *,
+        on_new_prompt: str = "error",
+        offloading: bool = False,
+    ):
+        if offloading:
+            raise ValueError(
+                "AnTKVCache cannot be offloaded (offloading=True): transformers would move it before attention has "
+                "read it. Leave offloading out; the cache is already small."
+            )
+        if on_new_prompt not in ("error", "reset"):
+            raise ValueError(f"on_new_prompt={on_new_prompt!r} must be 'error' or 'reset'")
+        if isinstance(config, AnTKVCodebook):
+            raise TypeError("the second argument is an AnTKVConfig; pass the codebook as AnTKVCache(..., codebook=...)")
+        config = config or (codebook.config if codebook is not None else None)
+        if config is None:
+            raise ValueError("give a codebook (AnTKVCache.from_pretrained(...)) or a config: there is nothing to go by")
+        text = model_config.get_text_config(decoder=True)
+        layers = _layers(model_config, text, config, codebook)
+        self.antkv_config, self.codebook, self.on_new_prompt = config, codebook, on_new_prompt
+        self._guard = PromptGuard()
+        super().__init__(layers=layers)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        model: torch.nn.Module | None = None,
+        config: AnTKVConfig | None = None,
+        *,
+        on_new_prompt: str = "error",
+        **changes: Any,
+    ) -> AnTKVCache:
+        """A fresh cache on the codebook of a Hub repo or local folder.
+
+        Args:
+            model: switches the fast lane on (``model.set_attn_implementation("antkv")``) and checks that the codebook
+                fits; without it the model is described by the codebook.
+            config: replaces the codebook's defaults.
+            changes: fields of the config to change, e.g. ``window=64, anchor_fraction=0.01``; or arguments of
+                `AnTKVCodebook.from_pretrained` (revision, token, cache_dir, local_files_only, force_download).
+        """
+        hub = {k: changes.pop(k) for k in AnTKVCodebook.HUB_ARGUMENTS if k in changes}
+        codebook = AnTKVCodebook.from_pretrained(name_or_path, **hub)
+        config = (config or codebook.config).replace(**changes)
+        model_config = codebook.model_config() if model is None else model.config
+        cache = cls(model_config, config, codebook, on_new_prompt=on_new_prompt)
+        if model is not None:
+            model.set_attn_implementation(interface.NAME)
+        return cache
+
+    @property
+    def quantized_layers(self) -> list[AnTKVLayer]:
+        return [layer for layer in self.layers if isinstance(layer, AnTKVLayer)]
+
+    @property
+    def backend(self) -> str:
+        """Backend in use; before the first update, the one that a CPU would get."""
+        first = self.quantized_layers[0]
+        return first.backend if first.is_initialized else select_backend(self.antkv_config.backend, torch.device("cpu"))
+
+    def memory_footprint(self) -> MemoryFootprint:
+        """Bytes that the cache takes, all counted, and bits per element; see `MemoryFootprint`."""
+        sizes: Counter[str] = Counter(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0)
+        coded_elements = elements = dense = tables = 0
+        for layer in self.layers:
+            if not isinstance(layer, AnTKVLayer):
+                held = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+                size = sum(t.numel() * t.element_size() for t in held)
+                sizes["other_layers"] += size
+                dense += size
+            elif layer.storage is not None:
+                storage = layer.storage
+                sizes.update(storage.memory_bytes())
+                keys, values = storage.tail_keys, storage.tail_values
+                width = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])  # elements of a token
+                coded_elements += storage.coded_length * width
+                elements += storage.length * width
+                dense += storage.length * width * keys.element_size()
+                tables += storage.codec.key.memory_bytes() + storage.codec.value.memory_bytes()
+        first = self.quantized_layers[0]
+        batch = max(first.batch_size, 0)
+        coded = 0 if first.storage is None else first.storage.coded_length
+        return MemoryFootprint(
+            **sizes,
+            tables=tables,
+            tokens=batch * first.get_seq_length(),
+            coded_tokens=batch * coded,
+            coded_elements=coded_elements,
+            elements=elements,
+            dense_bytes=dense,
+        )
+
+    def anchor_count(self) -> int:
+        """Anchor and sink tokens kept, over all sequences, layers and kv heads."""
+        stored = [layer.storage for layer in self.quantized_layers if layer.storage is not None]
+        exact = [tokens for s in stored for tokens in (s.anchors, s.sinks) if tokens is not None]
+        return sum(int((tokens.positions >= 0).sum()) for tokens in exact)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"layer_idx {layer_idx} is beyond the {len(self.layers)} layers of this cache: it was made for another "
+                "model; make one with AnTKVCache(model.config, ...)"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forgets everything; the cache can then take another prompt."""
+        self._guard.forget()
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last ``-tokens_to_remove`` tokens, coded ones included."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) must not be positive: give minus the number of tokens to remove from the end"
+            )
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the batch for beam search."""
+        self._guard.forget()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._guard.forget()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._guard.forget()
+        super().batch_select_indices(indices)
+
+    def activate_past_recording(self) -> None:
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    @property
+    def _is_user_defined(self) -> bool:
+        return self.__dict__.get("_user_defined", False)
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        """`generate` sets this at its start: the moment to notice a prompt that the cache does not hold."""
+        self.__dict__["_user_defined"] = value
+        ids = generate_input_ids() if value else None
+        if ids is None:
+            return
+        why = self._guard.mismatch(ids, self.get_seq_length())
+        if why is not None and self.on_new_prompt == "error":
+            raise ValueError(
+                f"this AnTKVCache cannot continue the prompt: {why}. Call cache.reset() first, make a new cache, or "
+                'build it with on_new_prompt="reset".'
+            )
+        if why is not None:
+            self.reset()
+        self._guard.remember(ids)
+
+
+def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None) -> list:
+    """Transformers' own layers for this model, with the plain full-attention ones replaced by quantized ones."""
+    if getattr(text, "kv_lora_rank", None):
+        raise ValueError(
+            f"{text.model_type} uses multi-head latent attention (kv_lora_rank={text.kv_lora_rank}): its cache holds "
+            "latents, not keys and values. Use DynamicCache for this model."
+        )
+    score = get_score(config.anchors.score)
+    layers = list(DynamicCache(config=model_config).layers)
+    plain = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in config.skip_layers]
+    if not plain:
+        kinds = dict(Counter(type(layer).__name__ for layer in layers))
+        raise ValueError(
+            f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kinds}, skip_layers="
+            f"{config.skip_layers}): only full-attention layers are. Use DynamicCache, whose window is small already."
+        )
+    if beyond := [i for i in config.skip_layers if i >= len(layers)]:
+        raise ValueError(f"skip_layers names layer {beyond[0]}, but the model has {len(layers)} layers (0 to {len(layers) - 1})")
+    others = len(layers) - len(plain) - sum(i < len(layers) for i in config.skip_layers)
+    if others:
+        warnings.warn(f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers: only full attention is", stacklevel=3)
+    codec_for_device = _identity_codec
+    if not config.is_identity:
+        if codebook is None:
+            raise ValueError(
+                f"codec {config.key} needs a codebook of this model: load one with AnTKVCache.from_pretrained(...), "
+                "or make one with `antkv calibrate`"
+            )
+        codebook.check(text, config, plain)
+        codec_for_device = codebook.codec_factory(config, model_rotary(model_config))
+    for i in plain:
+        layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device))
+    return layers
+
+
+_IDENTITY = LayerCodec(IdentityCodec(), IdentityCodec())
+
+
+def _identity_codec(layer_idx: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
+    return _IDENTITY

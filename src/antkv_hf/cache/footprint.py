@@ -1,0 +1,68 @@
+"""Honest accounting of what a cache takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MemoryFootprint:
+    """Bytes of a cache by kind, as allocated. Nothing is left out; what is shared is named apart.
+
+    Args:
+        codes: packed codes of all coded tokens, the anchors' own slots included.
+        anchors: anchor keys, values, scales and positions. sinks: the first tokens, likewise.
+        window: exact recent tokens. scores: running statistics for the anchor score.
+        other_layers: layers that are not quantized (sliding windows, skipped layers).
+        tables: codebooks on the device, shared by every cache of the model.
+        tokens: tokens held by the first quantized layer, all sequences together; coded_tokens: those that are codes.
+        coded_elements, elements: elements (keys and values, all quantized layers) of those tokens.
+        dense_bytes: what `DynamicCache` takes for the same tokens in the same dtype.
+    """
+
+    codes: int
+    anchors: int
+    sinks: int
+    window: int
+    scores: int
+    other_layers: int
+    tables: int
+    tokens: int
+    coded_tokens: int
+    coded_elements: int
+    elements: int
+    dense_bytes: int
+
+    @property
+    def total(self) -> int:
+        """All bytes but the shared tables."""
+        return self.codes + self.anchors + self.sinks + self.window + self.scores + self.other_layers
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits a coded element costs: codes, anchors, positions, scales and sinks; window and tables not counted."""
+        return 8 * (self.codes + self.anchors + self.sinks) / self.coded_elements if self.coded_elements else 0.0
+
+    @property
+    def bits_per_element_with_window(self) -> float:
+        """Bits an element of the quantized layers costs on average, window and scores included."""
+        return 8 * (self.total - self.other_layers) / self.elements if self.elements else 0.0
+
+    @property
+    def compression(self) -> float:
+        """How many times smaller than `DynamicCache` (tables not counted)."""
+        return self.dense_bytes / self.total if self.total else 1.0
+
+    def to_dict(self) -> dict[str, int | float]:
+        derived = ("total", "bits_per_element", "bits_per_element_with_window", "compression")
+        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
+
+    def __str__(self) -> str:
+        kinds = ("codes", "anchors", "sinks", "window", "scores", "other_layers")
+        parts = ", ".join(f"{name} {getattr(self, name):,}" for name in kinds if getattr(self, name))
+        return (
+            f"{self.total:,} bytes for {self.tokens:,} tokens ({parts}); {self.bits_per_element:.2f} bits per coded "
+            f"element, {self.bits_per_element_with_window:.2f} with the window; {self.compression:.1f}x smaller than "
+            f"DynamicCache ({self.dense_bytes:,}); tables, shared by all caches of the model: {self.tables:,}"
+        )

@@ -1,0 +1,169 @@
+"""One layer of `AnTKVCache` behind transformers' cache-layer interface."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from ..anchors import AnchorScore
+from ..attention.backends import select_backend
+from ..codecs import LayerCodec
+from ..config import AnTKVConfig
+from ..storage import LayerStorage
+from .handle import KVHandle, SharedSnapshot
+
+_NO_TOKENS = (
+    "layer {} of AnTKVCache: got 0 new tokens with {} cached; the prompt is empty, or all of it is cached already: "
+    "give at least one new token, or call cache.reset()"
+)
+
+class LayerPlan:
+    """What a layer needs to start: built once for a model, shared by its caches (`codec` makes tables on a device)."""
+
+    def __init__(self, layer_idx: int, config: AnTKVConfig, score: AnchorScore | None, codec_for_device):
+        self.layer_idx, self.config, self.score = layer_idx, config, score
+        self._codec_for_device = codec_for_device
+
+    def __deepcopy__(self, memo: dict) -> LayerPlan:
+        return self
+
+    def codec(self, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
+        return self._codec_for_device(self.layer_idx, device, kv_heads, key_dim, value_dim)
+
+
+class AnTKVLayer(CacheLayerMixin):
+    """Keys and values of one attention layer: codes of the past, anchors, and an exact recent window.
+
+    Tokens are encoded at the start of the *next* `update`, once attention has seen the queries that score them. After
+    `activate_past_recording` (assisted and prompt-lookup decoding) they are encoded in `crop` instead, which generate
+    then calls at every step.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, plan: LayerPlan):
+        super().__init__()
+        self.plan = plan
+        self.storage: LayerStorage | None = None
+        self.record_past = False
+        self.backend = "none"
+
+    @property
+    def _stored(self) -> LayerStorage:
+        if self.storage is None:
+            raise RuntimeError(f"layer {self.plan.layer_idx} of AnTKVCache is empty: call update first")
+        return self.storage
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        backend = select_backend(self.plan.config.backend, key_states.device)
+        codec = self.plan.codec(key_states.device, key_states.shape[1], key_states.shape[3], value_states.shape[3])
+        self.storage = LayerStorage(codec, self.plan.config, self.plan.score, key_states, value_states)
+        self.backend = backend
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Adds new keys (after RoPE) and values ``(batch, kv_heads, n, dim)``.
+
+        Returns:
+            Two `KVHandle`s that stand for all keys and values, ``(batch, kv_heads, length, dim)``.
+
+        Raises:
+            ValueError: if grad is enabled, no token is given, or batch, heads, dtype or device differ from what is
+                cached. Nothing has changed then.
+        """
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        storage = self._stored
+        with torch.no_grad():
+            if not self.record_past:
+                storage.commit()
+            storage.append(key_states, value_states)
+        shared = SharedSnapshot(storage.snapshot(), self.backend, storage)
+        return KVHandle.pair(shared)
+
+    def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        name = f"layer {self.plan.layer_idx} of AnTKVCache"
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            raise ValueError(
+                f"{name}: keys require grad, and gradients cannot flow through codes. "
+                "Run the model under torch.no_grad() or model.generate(), or train with DynamicCache."
+            )
+        if keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+            raise ValueError(f"{name}: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not belong together")
+        if keys.shape[2] == 0:
+            raise ValueError(_NO_TOKENS.format(self.plan.layer_idx, self.get_seq_length()))
+        if self.storage is None:
+            return
+        old = self.storage.tail_keys
+        if keys.shape[0] != old.shape[0]:
+            raise ValueError(
+                f"{name}: batch size changed from {old.shape[0]} to {keys.shape[0]}; call cache.reset() for a new "
+                "prompt, or cache.batch_repeat_interleave / batch_select_indices to change the batch"
+            )
+        if keys.shape[1] != old.shape[1] or keys.shape[3] != old.shape[3]:
+            raise ValueError(
+                f"{name}: kv heads and head size changed from {old.shape[1]} x {old.shape[3]} to "
+                f"{keys.shape[1]} x {keys.shape[3]}: this cache belongs to another model; make a new one"
+            )
+        if keys.device != old.device or keys.dtype != old.dtype:
+            raise ValueError(
+                f"{name}: keys moved from {old.dtype} on {old.device} to {keys.dtype} on {keys.device}; "
+                "a cache stays where it was first filled: make a new one"
+            )
+
+    def get_seq_length(self) -> int:
+        return 0 if self.storage is None else self.storage.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if query_length == 0:  # asked before the model's own code meets, and trips over, an empty batch
+            raise ValueError(_NO_TOKENS.format(self.plan.layer_idx, self.get_seq_length()))
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.storage is None else self.storage.tail_keys.shape[0]
+
+    def reset(self) -> None:
+        self.storage, self.is_initialized, self.record_past = None, False, False
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last ``-tokens_to_remove`` tokens, coded ones included; 0 removes nothing."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) must not be positive: give minus the number of tokens to remove from the end"
+            )
+        if self.storage is None:
+            return
+        if tokens_to_remove:
+            self.storage.crop(max(self.storage.length + tokens_to_remove, 0))
+        if self.record_past:
+            self.storage.commit()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.storage is not None:
+            self.storage.map_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.storage is not None:
+            self.storage.map_batch(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.storage is not None:
+            self.storage.map_batch(lambda t: t[indices.to(t.device), ...])
+
+    def offload(self) -> None:
+        raise NotImplementedError("AnTKVCache is not offloaded: its codes already take a small part of the memory")
+
+    def prefetch(self) -> None:
+        pass

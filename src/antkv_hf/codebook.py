@@ -1,0 +1,258 @@
+"""`AnTKVCodebook`: the immutable tables of one model, as a folder or Hub repo.
+
+A codebook is ``config.json`` (format, model, specs, hash) and ``codebooks.safetensors`` (tensors named
+``layers.<i>.<key|value>.<centroids|mean|permutation|metric_root|synthesis>``) with a generated card ``README.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .codebook_card import card_content
+from .codecs import LayerCodec, VectorQuantizer, VQTables
+from .config import AnTKVConfig
+from .rotary import Rotary
+
+FORMAT_VERSION = 1
+CONFIG_FILE, TABLES_FILE = "config.json", "codebooks.safetensors"
+
+
+class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "quantization", "antkv"]):
+    """Tables of one model, with what is needed to check that they fit it. Immutable.
+
+    Args:
+        config: codec specs and the defaults of window and anchors.
+        tables: ``{layer index: (key tables, value tables)}`` of the quantized layers.
+        model: description of the model: ``base_model``, ``model_type``, ``num_hidden_layers``, ``kv_heads``,
+            ``head_dim``, ``value_dim`` and ``text_config`` (the text config's dict).
+        calibration: how the tables were learned (texts, tokens, seed, date).
+        evaluation: measured rows shown in the card.
+
+    Raises:
+        ValueError: if a table does not fit the specs.
+    """
+
+    HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+    def __init__(
+        self,
+        config: AnTKVConfig,
+        tables: dict[int, tuple[VQTables, VQTables]],
+        model: dict[str, Any],
+        calibration: dict[str, Any] | None = None,
+        evaluation: list[dict[str, Any]] | None = None,
+    ):
+        if config.key is None or config.value is None:
+            raise ValueError("a codebook needs codec specs for keys and values; the identity codec has no tables")
+        for layer, (key, value) in tables.items():
+            for role, spec, part, dim in (
+                ("key", config.key, key, model["head_dim"]),
+                ("value", config.value, value, model["value_dim"]),
+            ):
+                try:
+                    part.check(spec, model["kv_heads"], dim)
+                except ValueError as error:
+                    raise ValueError(f"layer {layer}, {role} tables: {error}") from error
+        self.config, self.tables, self.model = config, tables, model
+        self.calibration, self.evaluation = calibration or {}, evaluation or []
+        self._codecs: dict[tuple, LayerCodec] = {}
+
+    # ---------------------------------------------------------------- use
+    def check(self, text_config, config: AnTKVConfig, layers: list[int]) -> None:
+        """Raises ValueError, naming the numbers, if the codebook does not fit this model, config or set of layers."""
+        found = describe_model(text_config)
+        mine = self.model
+        for name in ("model_type", "num_hidden_layers", "kv_heads", "head_dim", "value_dim"):
+            if found[name] != mine[name]:
+                raise ValueError(
+                    f"this codebook was made for {mine['base_model']} ({name} {mine[name]}), but the model has {name} "
+                    f"{found[name]}: load the codebook of this model, or make one with `antkv calibrate`"
+                )
+        if (config.key, config.value) != (self.config.key, self.config.value) or config.rope != self.config.rope:
+            raise ValueError(
+                f"the config asks for keys {config.key}, values {config.value}, rope {config.rope!r}, but the codebook "
+                f"holds {self.config.key}, {self.config.value}, {self.config.rope!r}: load a codebook of those bits"
+            )
+        if missing := [i for i in layers if i not in self.tables]:
+            raise ValueError(
+                f"the codebook has no tables for layer {missing[0]} (it has {len(self.tables)} layers); "
+                f"add the layer to skip_layers or calibrate it"
+            )
+
+    def codec_factory(self, config: AnTKVConfig, rotary: list[Rotary | None]):
+        """A function that gives a layer's codec on a device; tables are placed once and shared by all caches."""
+
+        def codec(layer: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
+            key, value = self.tables[layer]
+            sizes = (*key.mean.shape, value.mean.shape[1])
+            if sizes != (kv_heads, key_dim, value_dim):
+                raise ValueError(
+                    f"layer {layer}: the model gave {kv_heads} kv heads of size {key_dim} (values {value_dim}), the "
+                    f"codebook of {self.model['base_model']} has {sizes[0]} of size {sizes[1]} (values {sizes[2]})"
+                )
+            turn = rotary[layer] if config.rope == "pre" else None
+            place = (layer, device, None if turn is None else (tuple(turn.inv_freq.tolist()), turn.scaling))
+            if place not in self._codecs:
+                self._codecs[place] = LayerCodec(
+                    VectorQuantizer(config.key, key, device),
+                    VectorQuantizer(config.value, value, device),
+                    None if turn is None else turn.to(device),
+                )
+            return self._codecs[place]
+
+        return codec
+
+    def model_config(self):
+        """The transformers config of the model that the tables belong to, rebuilt from the codebook."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(**self.model["text_config"])
+
+    def tables_bytes(self) -> int:
+        """Bytes of the tables as stored."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def __deepcopy__(self, memo: dict) -> AnTKVCodebook:
+        return self
+
+    # ---------------------------------------------------------------- files
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            f"layers.{layer}.{role}.{name}": tensor.contiguous()
+            for layer, pair in sorted(self.tables.items())
+            for role, tables in zip(("key", "value"), pair)
+            for name, tensor in tables.tensors().items()
+        }
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_file(self._tensors(), save_directory / TABLES_FILE, metadata={"format": "pt"})
+        data = {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "antkv": self.config.to_dict(),
+            "layers": sorted(self.tables),
+            "tables": {
+                "file": TABLES_FILE,
+                "sha256": _sha256(save_directory / TABLES_FILE),
+                "bytes": (save_directory / TABLES_FILE).stat().st_size,
+            },
+            "calibration": self.calibration,
+            "evaluation": self.evaluation,
+        }
+        (save_directory / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        return ModelCard(card_content(self))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> AnTKVCodebook:
+        """Loads a codebook from a local folder or a Hub repo (offline from the Hub's cache).
+
+        Raises:
+            FileNotFoundError: no such folder or repo, or a file of it is missing.
+            ValueError: see `from_files`.
+        """
+        folder, model_id = Path(name_or_path), str(name_or_path)
+        if folder.is_dir():
+            paths = [folder / CONFIG_FILE, folder / TABLES_FILE]
+            for path in paths:
+                if not path.is_file():
+                    raise FileNotFoundError(f"{folder} is no codebook folder: {path.name} is missing")
+        else:
+            hub = dict(
+                revision=revision, cache_dir=cache_dir, force_download=force_download,
+                local_files_only=local_files_only, token=token,
+            )  # fmt: skip
+            try:
+                paths = [Path(hf_hub_download(model_id, name, **hub)) for name in (CONFIG_FILE, TABLES_FILE)]
+            except HFValidationError as error:
+                raise FileNotFoundError(f"{model_id!r} is neither a folder nor a Hub repo id (owner/name)") from error
+            except EntryNotFoundError as error:
+                raise FileNotFoundError(f"Hub repo {model_id} is no codebook: {error}") from error
+        return cls.from_files(*paths)
+
+    @classmethod
+    def from_files(cls, config_path: Path, tables_path: Path) -> AnTKVCodebook:
+        """Reads and verifies the two files.
+
+        Raises:
+            ValueError: unreadable JSON, unknown format_version, a size or hash that does not match, tables that do not
+                fit their config. Nothing is unpickled.
+        """
+        try:
+            data = json.loads(config_path.read_text(encoding="utf-8"))
+            version = data["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{config_path} is not the config.json of a codebook: {error!r}") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{config_path}: format_version {version} is not known (this antkv-hf reads {FORMAT_VERSION}); "
+                "upgrade antkv-hf or calibrate again"
+            )
+        try:
+            expected, size = data["tables"]["sha256"], data["tables"]["bytes"]
+            model, config = data["model"], AnTKVConfig.from_dict(data["antkv"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{config_path}: a field is missing or of the wrong kind: {error!r}") from error
+        if (found := tables_path.stat().st_size) != size:
+            raise ValueError(f"{tables_path} has {found:,} bytes, config.json says {size:,}: the file is truncated or changed; download it again")
+        if (digest := _sha256(tables_path)) != expected:
+            raise ValueError(f"{tables_path} has sha256 {digest[:12]}..., config.json says {str(expected)[:12]}...: the file was changed; download it again")
+        try:
+            tensors = load_file(tables_path)
+            grouped: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
+            for name, tensor in tensors.items():
+                _, layer, role, part = name.split(".")
+                grouped.setdefault(int(layer), {}).setdefault(role, {})[part] = tensor
+            tables = {i: (VQTables(**g["key"]), VQTables(**g["value"])) for i, g in grouped.items()}
+            return cls(config, tables, model, data.get("calibration"), data.get("evaluation"))
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{tables_path} does not hold the tables of a codebook: {error!r}") from error
+
+
+def describe_model(text_config, base_model: str | None = None) -> dict[str, Any]:
+    """What a codebook remembers of its model; `text_config` is a transformers text config."""
+    heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    kept = text_config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "quantization_config"):
+        kept.pop(name, None)
+    return {
+        "base_model": base_model or text_config.name_or_path or text_config.model_type,
+        "model_type": text_config.model_type,
+        "num_hidden_layers": text_config.num_hidden_layers,
+        "kv_heads": getattr(text_config, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim,
+        "value_dim": getattr(text_config, "v_head_dim", None) or head_dim,
+        "text_config": {**kept, "model_type": text_config.model_type},
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_310(file)
+
+
+def _sha256_310(file) -> str:
+    digest = hashlib.sha256()
+    for block in iter(lambda: file.read(1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest()

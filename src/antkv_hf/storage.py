@@ -1,0 +1,297 @@
+"""The buffers of one layer and their only owner. Knows tensors and codecs, not transformers.
+
+Every buffer is immutable: a change makes a new tensor, so a `Snapshot` handed to attention stays valid, and buffers
+are exactly as large as what they hold. Codes are tiny, so concatenating them every 128 tokens is cheap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Callable
+
+import torch
+
+from .anchors import AnchorScore, TokenContext, select_anchors
+from .codecs import LayerCodec
+from .config import AnTKVConfig
+
+ENCODE_BLOCK = 4096  # tokens encoded at a time: bounds the workspace of a long prefill
+
+
+@dataclass(frozen=True)
+class ExactTokens:
+    """Tokens kept beside the codes: sinks (model dtype), anchors (float16, or int8 with a float16 scale a vector).
+
+    Args:
+        positions: int32 ``(batch, kv_heads, m)``, index into the sequence, -1 for an empty slot.
+        keys, values: ``(batch, kv_heads, m, dim)``. Keys are as after RoPE, except int8 ones: those are before RoPE
+            with the codec's mean taken off, so that a large constant key bias costs no precision.
+        key_scale, value_scale: float16 ``(batch, kv_heads, m, 1)``, int8 only.
+    """
+
+    positions: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
+
+    @classmethod
+    def store(cls, indices, keys, values, dtype: torch.dtype, codec: LayerCodec, offset: torch.Tensor) -> ExactTokens:
+        """Keeps `keys` (after RoPE) and `values` of the tokens at `indices` ``(batch, kv_heads, m)`` (-1: empty)."""
+        positions = indices.to(torch.int32)
+        if dtype != torch.int8:
+            return cls(positions, keys.to(dtype), values.to(dtype))
+        plain = keys.float()
+        if codec.rotary is not None:
+            plain = codec.rotary.unrotate(plain, indices - offset.view(-1, 1, 1))
+        center = getattr(codec.key, "mean", None)
+        if center is not None:
+            plain = plain - center.unsqueeze(1)
+        return cls(positions, *_to_int8(plain, values.float()))
+
+    def read(self, codec: LayerCodec, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (after RoPE) and values ``(batch, kv_heads, m, dim)`` as attention uses them."""
+        if self.key_scale is None or self.value_scale is None:
+            return self.keys, self.values
+        plain = self.keys.float() * self.key_scale.float()
+        center = getattr(codec.key, "mean", None)
+        if center is not None:
+            plain = plain + center.unsqueeze(1)
+        keys = codec.rotated_keys(plain, self.positions - offset.view(-1, 1, 1))
+        return keys, self.values.float() * self.value_scale.float()
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExactTokens:
+        return ExactTokens(*(None if t is None else change(t) for t in self.tensors()))
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def append(self, other: ExactTokens) -> ExactTokens:
+        pairs = zip(self.tensors(), other.tensors())
+        return ExactTokens(*(None if a is None or b is None else torch.cat([a, b], 2) for a, b in pairs))
+
+    def crop(self, length: int) -> ExactTokens | None:
+        """Without the tokens at positions >= `length`; None if nothing is left."""
+        positions = self.positions.masked_fill(self.positions >= length, -1)
+        used = (positions >= 0).flatten(0, 1).any(0)
+        if not used.any():
+            return None
+        kept = replace(self, positions=positions)
+        return kept if used.all() else kept.map(lambda t: t[:, :, used])
+
+    def memory_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors() if t is not None)
+
+
+def _to_int8(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    scales, rounded = [], []
+    for x in (keys, values):
+        # 6e-8 is float16's smallest positive number: an all-zero vector keeps a scale that can be divided by.
+        scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(6e-8, torch.finfo(torch.float16).max).to(torch.float16)
+        scales.append(scale)
+        rounded.append((x / scale.float()).round().clamp_(-127, 127).to(torch.int8))
+    return (*rounded, *scales)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One layer as attention sees it: coded past, exact tokens, and the exact tail with the current chunk.
+
+    Args:
+        key_codes, value_codes: ``(batch, kv_heads, coded, width)`` or None while nothing is coded.
+        exact_tokens: sinks and anchors among the coded tokens.
+        tail_keys, tail_values: ``(batch, kv_heads, tail, dim)`` after RoPE, model dtype.
+        offset: int64 ``(batch,)``: a token's RoPE position is its index minus this (left padding).
+    """
+
+    codec: LayerCodec
+    key_codes: torch.Tensor | None
+    value_codes: torch.Tensor | None
+    exact_tokens: tuple[ExactTokens, ...]
+    tail_keys: torch.Tensor
+    tail_values: torch.Tensor
+    offset: torch.Tensor
+
+    @property
+    def coded_length(self) -> int:
+        return 0 if self.key_codes is None else self.key_codes.shape[2]
+
+    @property
+    def length(self) -> int:
+        return self.coded_length + self.tail_keys.shape[2]
+
+    def positions(self, start: int, stop: int) -> torch.Tensor:
+        """RoPE positions ``(batch, stop - start)`` of the tokens at indices ``start..stop-1``."""
+        return torch.arange(start, stop, device=self.offset.device) - self.offset.unsqueeze(1)
+
+    def decode_keys(self, start: int, stop: int) -> torch.Tensor:
+        """Keys after RoPE that the codes of tokens ``start..stop-1`` stand for."""
+        assert self.key_codes is not None
+        return self.codec.decode_keys(self.key_codes[:, :, start:stop], self.positions(start, stop))
+
+    def exact_mask(self) -> torch.Tensor | None:
+        """bool ``(batch, kv_heads, coded)``: True where an exact token stands in for the code; None if nowhere."""
+        if not self.exact_tokens or self.key_codes is None:
+            return None
+        batch, heads, coded = self.key_codes.shape[:3]
+        mask = torch.zeros(batch, heads, coded + 1, dtype=torch.bool, device=self.key_codes.device)
+        for tokens in self.exact_tokens:  # empty slots (-1) mark the extra column
+            index = tokens.positions.long()
+            mask.scatter_(2, index.masked_fill(index < 0, coded), True)
+        return mask[..., :coded]
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values as plain tensors ``(batch, kv_heads, length, dim)``: correct everywhere, and large."""
+        if self.key_codes is None or self.value_codes is None:
+            return self.tail_keys, self.tail_values
+        dtype = self.tail_keys.dtype
+        keys = self.decode_keys(0, self.coded_length).to(dtype, copy=True)
+        values = self.codec.value.decode(self.value_codes).to(dtype, copy=True)
+        for tokens in self.exact_tokens:
+            batch, head, slot = (tokens.positions >= 0).nonzero(as_tuple=True)
+            index = tokens.positions[batch, head, slot].long()
+            exact_keys, exact_values = tokens.read(self.codec, self.offset)
+            keys[batch, head, index] = exact_keys[batch, head, slot].to(dtype)
+            values[batch, head, index] = exact_values[batch, head, slot].to(dtype)
+        return torch.cat([keys, self.tail_keys], 2), torch.cat([values, self.tail_values], 2)
+
+
+class LayerStorage:
+    """Codes of all coded tokens in order, exact tokens among them, and the exact tail of recent ones.
+
+    `statistic` holds what the anchor score needs of each tail token, ``(batch, kv_heads, tail)`` float32;
+    `query_moment` is the running (sum of scale^2 |q|^2 / D, count) a kv head, ``(batch, kv_heads, 2)``.
+    """
+
+    _BATCHED = ("key_codes", "value_codes", "tail_keys", "tail_values", "statistic", "query_moment", "offset")
+
+    def __init__(self, codec: LayerCodec, config: AnTKVConfig, score: AnchorScore | None, keys, values):
+        self.codec, self.config = codec, config
+        self.score = score if config.anchors.enabled else None
+        batch, heads = keys.shape[:2]
+        self.key_codes: torch.Tensor | None = None
+        self.value_codes: torch.Tensor | None = None
+        self.sinks: ExactTokens | None = None
+        self.anchors: ExactTokens | None = None
+        self.tail_keys, self.tail_values = keys[:, :, :0], values[:, :, :0]
+        self.statistic = torch.zeros(batch, heads, 0, device=keys.device)
+        self.query_moment = torch.zeros(batch, heads, 2, device=keys.device)
+        self.offset = torch.zeros(batch, dtype=torch.int64, device=keys.device)
+
+    @property
+    def coded_length(self) -> int:
+        return 0 if self.key_codes is None else self.key_codes.shape[2]
+
+    @property
+    def length(self) -> int:
+        return self.coded_length + self.tail_keys.shape[2]
+
+    def snapshot(self) -> Snapshot:
+        exact = tuple(tokens for tokens in (self.sinks, self.anchors) if tokens is not None)
+        return Snapshot(
+            self.codec, self.key_codes, self.value_codes, exact, self.tail_keys, self.tail_values, self.offset
+        )
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds new tokens ``(batch, kv_heads, n, dim)`` to the tail."""
+        self.tail_keys = torch.cat([self.tail_keys, keys], 2)
+        self.tail_values = torch.cat([self.tail_values, values], 2)
+        if self.score is not None and self.score.term is not None:
+            self.statistic = torch.nn.functional.pad(self.statistic, (0, keys.shape[2]))
+
+    def commit(self) -> None:
+        """Encodes the tokens that have left the window, in whole chunks, and keeps the best-scored of each chunk."""
+        chunk, config = self.config.chunk, self.config
+        ready = (self.tail_keys.shape[2] - config.window) // chunk * chunk
+        if ready <= 0:
+            return
+        step = max(chunk, ENCODE_BLOCK // chunk * chunk)
+        codes = [self._encode(start, min(start + step, ready)) for start in range(0, ready, step)]
+        for name, parts in zip(("key_codes", "value_codes"), zip(*codes)):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([*([] if old is None else [old]), *parts], 2))
+        # clone: a slice would keep the whole old tail alive
+        self.tail_keys, self.tail_values = self.tail_keys[:, :, ready:].clone(), self.tail_values[:, :, ready:].clone()
+        self.statistic = self.statistic[:, :, ready:].clone()
+
+    def _encode(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.tail_keys[:, :, start:stop], self.tail_values[:, :, start:stop]
+        indices = self.coded_length + torch.arange(start, stop, device=keys.device)
+        positions = indices - self.offset.unsqueeze(1)
+        plain = self.codec.plain_keys(keys, positions)
+        key_codes, value_codes = self.codec.key.encode(plain), self.codec.value.encode(values)
+        self._keep_sinks(indices, keys, values)
+        if self.score is not None:
+            scale = 1.0 if self.codec.rotary is None else self.codec.rotary.scaling
+            moment, count = self.query_moment.unbind(-1)
+            statistic = self.statistic[:, :, start:stop] if self.score.term is not None else None
+            if statistic is not None and not count.any():  # no query was seen (materialised lane): errors alone decide
+                statistic = torch.ones_like(statistic)
+            context = TokenContext(
+                statistic=statistic,
+                keys=keys,
+                values=values,
+                key_error=(self.codec.key.decode(key_codes) - plain).float().square().sum(-1) * scale**2,
+                value_error=(self.codec.value.decode(value_codes) - values).float().square().sum(-1),
+                logit_variance=(moment / count.clamp_min(1)).unsqueeze(-1),
+                positions=positions,
+            )
+            # Padding is never attended to and sinks are exact already: neither may take a place.
+            taken = (positions < self.config.anchors.sinks).unsqueeze(1)
+            scores = self.score.score(context).masked_fill(taken, float("-inf"))
+            best = select_anchors(scores, self.config.anchors.fraction, self.config.chunk)
+            kept = _gather(best, keys, values)
+            dtype = torch.int8 if self.config.anchors.dtype == "int8" else torch.float16
+            new = ExactTokens.store(best + indices[0], *kept, dtype, self.codec, self.offset)
+            self.anchors = new if self.anchors is None else self.anchors.append(new)
+        return key_codes, value_codes
+
+    def _keep_sinks(self, indices: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        count = self.config.anchors.sinks
+        wanted = self.offset.unsqueeze(1) + torch.arange(count, device=keys.device)  # (batch, sinks)
+        here = (wanted >= indices[0]) & (wanted <= indices[-1])
+        if not here.any():
+            return
+        local = (wanted - indices[0]).clamp(0, len(indices) - 1).unsqueeze(1).expand(-1, keys.shape[1], -1)
+        index = wanted.masked_fill(~here, -1).unsqueeze(1).expand(-1, keys.shape[1], -1)
+        new = ExactTokens.store(index, *_gather(local, keys, values), keys.dtype, self.codec, self.offset)
+        self.sinks = new if self.sinks is None else self.sinks.append(new)
+
+    def crop(self, length: int) -> None:
+        """Forgets the tokens at indices >= `length`, coded ones included."""
+        coded, tail = self.coded_length, max(length - self.coded_length, 0)
+        self.tail_keys, self.tail_values = self.tail_keys[:, :, :tail].clone(), self.tail_values[:, :, :tail].clone()
+        self.statistic = self.statistic[:, :, :tail]
+        if length >= coded:
+            return
+        for name in ("key_codes", "value_codes"):
+            codes = getattr(self, name)
+            setattr(self, name, codes[:, :, :length].clone() if length else None)
+        self.sinks = None if self.sinks is None else self.sinks.crop(length)
+        self.anchors = None if self.anchors is None else self.anchors.crop(length)
+
+    def map_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies `change` (a selection or repetition along dimension 0) to every buffer."""
+        for name in self._BATCHED:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, change(tensor))
+        self.sinks = None if self.sinks is None else self.sinks.map(change)
+        self.anchors = None if self.anchors is None else self.anchors.map(change)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes of each kind of buffer, as allocated."""
+
+        def size(*tensors: torch.Tensor | None) -> int:
+            return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+        return {
+            "codes": size(self.key_codes, self.value_codes),
+            "anchors": 0 if self.anchors is None else self.anchors.memory_bytes(),
+            "sinks": 0 if self.sinks is None else self.sinks.memory_bytes(),
+            "window": size(self.tail_keys, self.tail_values),
+            "scores": size(self.statistic, self.query_moment, self.offset),
+        }
+
+
+def _gather(index: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.gather(2, index.unsqueeze(-1).expand(*index.shape, t.shape[-1])) for t in tensors]

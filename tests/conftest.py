@@ -1,0 +1,38 @@
+"""Shared fixtures: tiny random models, and the real SmolLM2 where it is installed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never touch the network
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    """A random Llama: 3 layers, 4 heads, 2 kv heads, head size 16, 128 tokens of vocabulary."""
+    settings = dict(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def llama() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def antkv_data() -> Path:
+    folder = os.environ.get("ANTKV_DATA")
+    if not folder:
+        pytest.skip("ANTKV_DATA is not set: it names the folder with wikitext2/wiki.test.raw")
+    return Path(folder)

@@ -1,0 +1,200 @@
+"""AnTKVCache with vector quantization: against a dense model of itself, its memory, its anchors, its error messages."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+import transformers
+from helpers import random_codebook
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import repeat_kv
+
+from antkv_hf import AnTKVCache, AnTKVConfig, VQSpec
+from antkv_hf.cache.handle import KVHandle
+from antkv_hf.config import AnchorConfig
+
+SPEC = VQSpec(4, 8)
+
+
+def config(**changes) -> AnTKVConfig:
+    settings = dict(window=8, chunk=16, anchors=AnchorConfig(fraction=0.13, sinks=2))
+    return AnTKVConfig(SPEC, SPEC, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def codebook(llama):
+    return random_codebook(llama, config())
+
+
+@pytest.fixture
+def cache(llama, codebook):
+    return AnTKVCache(llama.config, codebook=codebook)
+
+
+def prompt(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 128, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def test_runs_on_the_expected_transformers():
+    expected = os.environ.get("EXPECT_TRANSFORMERS", transformers.__version__)
+    assert transformers.__version__ == expected
+
+
+@pytest.mark.parametrize("lane", ("sdpa", "antkv"))
+@pytest.mark.parametrize("padding", (0, 21))
+def test_attention_equals_dense_attention_over_what_is_stored(llama, codebook, lane, padding):
+    """The blockwise path over codes, anchors and tail equals plain attention over the materialised keys and values."""
+    ids, mask = prompt(90, 2), torch.ones(2, 90, dtype=torch.int64)
+    mask[1, :padding] = 0
+    llama.set_attn_implementation(lane)
+    try:
+        ours = AnTKVCache(llama.config, codebook=codebook)
+        llama(ids[:, :70], attention_mask=mask[:, :70], past_key_values=ours)
+        llama(ids[:, 70:71], attention_mask=mask[:, :71], past_key_values=ours)  # the 70 tokens are coded here
+        assert ours.layers[0].storage.coded_length == 48
+        dense = DynamicCache(config=llama.config)
+        for i, layer in enumerate(ours.layers):
+            keys, values = layer.storage.snapshot().dense()
+            dense.update(keys, values, i)
+        position_ids = (mask.cumsum(-1) - 1).clamp_min(0)[:, 71:]
+        rest = dict(input_ids=ids[:, 71:], attention_mask=mask, position_ids=position_ids)
+        expected = llama(**rest, past_key_values=dense).logits
+        out = llama(**rest, past_key_values=ours).logits
+    finally:
+        llama.set_attn_implementation("sdpa")
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_left_padding_does_not_change_what_is_stored(llama, codebook):
+    """A padded sequence stores the codes, anchors and sinks of the same sequence alone, positions shifted."""
+    ids, padding = prompt(80), 16  # one chunk of padding, so that the chunks of both runs hold the same tokens
+    alone, padded = (AnTKVCache(llama.config, codebook=codebook) for _ in range(2))
+    llama(ids, past_key_values=alone)
+    batch = torch.cat([torch.zeros(1, padding, dtype=torch.int64), ids], 1)
+    mask = (torch.arange(96) >= padding).long().unsqueeze(0)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    llama(batch, attention_mask=mask, position_ids=positions, past_key_values=padded)
+    for cache in (alone, padded):
+        n = cache.get_seq_length()
+        mask_now = None if cache is alone else torch.cat([mask, torch.ones(1, 1, dtype=torch.int64)], 1)
+        position = torch.tensor([[80]])
+        llama(ids[:, :1], attention_mask=mask_now, position_ids=position, past_key_values=cache)
+        assert cache.get_seq_length() == n + 1
+    for one, two in zip(alone.layers, padded.layers):
+        one, two = one.storage, two.storage
+        assert two.offset.tolist() == [padding]
+        agree = (one.key_codes == two.key_codes[:, :, padding:]).float().mean()
+        assert agree > 0.995  # a code may flip where two centroids are equally near
+        assert torch.equal(one.sinks.positions + padding, two.sinks.positions)
+        kept = two.anchors.positions[..., -one.anchors.positions.shape[2] :]
+        assert (one.anchors.positions + padding == kept).float().mean() > 0.9
+
+
+def test_anchors_and_sinks_are_read_back_exactly(llama, codebook):
+    ids = prompt(100)
+    reference = DynamicCache(config=llama.config)
+    llama(ids, past_key_values=reference)
+    for dtype, tolerance in (("float16", 2e-3), ("int8", 2e-2)):
+        ours = AnTKVCache(llama.config, config(anchors=AnchorConfig(fraction=0.13, sinks=2, dtype=dtype)), codebook)
+        llama(ids, past_key_values=ours)
+        ours.layers[0].storage.commit()
+        storage = ours.layers[0].storage
+        keys, values = storage.snapshot().dense()
+        for exact, limit in ((storage.sinks, 0.0), (storage.anchors, tolerance)):
+            index = exact.positions.long().unsqueeze(-1).expand(-1, -1, -1, 16)
+            for mine, true in ((keys, reference.layers[0].keys), (values, reference.layers[0].values)):
+                error = (mine.gather(2, index) - true.gather(2, index)).abs().max() / true.abs().max()
+                assert error <= limit
+        assert storage.sinks.positions[0, 0].tolist() == [0, 1]
+        assert storage.anchors.positions.shape[2] == 2 * (storage.coded_length // 16)
+        assert not torch.isin(storage.anchors.positions, torch.tensor([0, 1])).any()
+
+
+@pytest.mark.parametrize("score", ["error_aware", "anchor_score", "accumulated_attention", "squared_attention",
+                                   "key_norm", "first_tokens", "random", "none"])  # fmt: skip
+def test_every_score_runs(llama, codebook, score):
+    cache = AnTKVCache(llama.config, config(anchors=AnchorConfig(score=score, fraction=0.1)), codebook)
+    out = llama.generate(prompt(60, 2), past_key_values=cache, max_new_tokens=30, min_new_tokens=30, do_sample=False)
+    assert out.shape == (2, 90)
+    kept = cache.layers[0].storage.anchors
+    assert (kept is None) == (score == "none")
+
+
+def test_same_anchors_however_the_prompt_comes(llama, codebook):
+    """Chunked prefill sums the same statistic as one pass, for tokens whose queries were all seen."""
+    caches = [AnTKVCache(llama.config, config(window=90), codebook) for _ in range(2)]
+    ids = prompt(80)
+    llama(ids, past_key_values=caches[0])
+    for part in ids.split(23, 1):
+        llama(part, past_key_values=caches[1])
+    for one, two in zip(caches[0].layers, caches[1].layers):
+        torch.testing.assert_close(one.storage.statistic, two.storage.statistic, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(one.storage.query_moment, two.storage.query_moment)
+
+
+def test_cache_operations_act_like_a_dense_model(llama, cache):
+    """reorder, repeat, select and crop on the cache equal the same operations on its materialised keys and values."""
+    ids = prompt(100, 3)
+    llama(ids, past_key_values=cache)
+    llama(ids[:, :3], past_key_values=cache)
+
+    def dense():
+        return [tensor for layer in cache.layers for tensor in layer.storage.snapshot().dense()]
+
+    before = dense()
+    for name, argument, change in (
+        ("reorder_cache", torch.tensor([2, 0, 2]), lambda t: t[[2, 0, 2]]),
+        ("batch_repeat_interleave", 2, lambda t: t.repeat_interleave(2, 0)),
+        ("batch_select_indices", torch.tensor([5, 1]), lambda t: t[[5, 1]]),
+        ("crop", -1, lambda t: t[:, :, :-1]),
+        ("crop", 0, lambda t: t),
+        ("crop", -30, lambda t: t[:, :, :-30]),
+    ):
+        getattr(cache, name)(argument)
+        before = [change(t) for t in before]
+        for ours, expected in zip(dense(), before):
+            torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+    fork = copy.deepcopy(cache)
+    llama(ids[:2, :60], past_key_values=cache)
+    for ours, expected in zip([t for layer in fork.layers for t in layer.storage.snapshot().dense()], before):
+        torch.testing.assert_close(ours, expected)
+    cache.crop(-10_000)
+    assert cache.get_seq_length() == 0
+
+
+def test_other_operations_materialise_with_a_warning(llama, cache):
+    llama(prompt(90), past_key_values=cache)
+    keys = torch.randn(1, 2, 1, 16)
+    handle, values = cache.update(keys, keys, 0)
+    assert isinstance(handle, KVHandle) and handle.shape == (1, 2, 91, 16)
+    assert isinstance(repeat_kv(handle, 2), KVHandle) and repeat_kv(handle, 2).shape == (1, 4, 91, 16)
+    with pytest.raises(RuntimeError, match="no memory"):
+        handle.data_ptr()
+    with pytest.warns(UserWarning, match="decode all keys"):
+        total = handle + 0
+    assert type(total) is torch.Tensor
+    torch.testing.assert_close(total, cache.layers[0].storage.snapshot().dense()[0])
+    torch.testing.assert_close(repeat_kv(values, 2) + 0, repeat_kv(values + 0, 2))
+
+
+def test_long_generation_stays_bounded(llama, cache):
+    """The exact tail never exceeds window + chunk, and every coded token is one byte string of its spec."""
+    llama.generate(prompt(30), past_key_values=cache, max_new_tokens=100, min_new_tokens=100, do_sample=False)
+    for layer in cache.layers:
+        assert layer.storage.tail_keys.shape[2] < 8 + 16
+        assert layer.storage.key_codes.shape[-1] == 4 and layer.storage.key_codes.dtype == torch.uint8
+
+
+def test_from_pretrained_and_changes(llama, codebook, tmp_path):
+    codebook.save_pretrained(tmp_path)
+    plain = AnTKVCache.from_pretrained(tmp_path)
+    fast = AnTKVCache.from_pretrained(tmp_path, model=llama, window=24, anchor_fraction=0.25)
+    assert llama.config._attn_implementation == "antkv"
+    llama.set_attn_implementation("sdpa")
+    assert (fast.antkv_config.window, fast.antkv_config.anchors.fraction) == (24, 0.25)
+    assert plain.antkv_config == codebook.config
+    out = llama.generate(prompt(60), past_key_values=plain, max_new_tokens=5)
+    assert out.shape == (1, 65)

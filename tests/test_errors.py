@@ -1,0 +1,228 @@
+"""Bad input: a clear error that names the number and the way out, before any state has changed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_llama
+from helpers import random_codebook
+from transformers import AutoConfig
+
+from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate
+from antkv_hf.config import AnchorConfig
+
+CONFIG = AnTKVConfig(VQSpec(4, 8), VQSpec(4, 8), window=8, chunk=16)
+
+
+@pytest.fixture(scope="module")
+def codebook(llama):
+    return random_codebook(llama, CONFIG)
+
+
+@pytest.fixture
+def cache(llama, codebook):
+    return AnTKVCache(llama.config, codebook=codebook)
+
+
+def ids(n: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
+    return torch.randint(3, 128, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def test_codebook_of_another_model(codebook):
+    for changes, message in (
+        (dict(num_hidden_layers=2), "num_hidden_layers 3.*num_hidden_layers 2"),
+        (dict(num_key_value_heads=4), "kv_heads 2.*kv_heads 4"),
+        (dict(head_dim=32), "head_dim 16.*head_dim 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AnTKVCache(tiny_llama(**changes).config, codebook=codebook)
+
+
+def test_config_and_codebook_of_different_bits(llama, codebook):
+    with pytest.raises(ValueError, match="asks for keys d8b8.*holds d4b8"):
+        AnTKVCache(llama.config, AnTKVConfig.preset("1bit"), codebook)
+    with pytest.raises(ValueError, match="needs a codebook"):
+        AnTKVCache(llama.config, AnTKVConfig.preset("1bit"))
+    with pytest.raises(TypeError, match="codebook="):
+        AnTKVCache(llama.config, codebook)
+
+
+def test_truncated_edited_and_foreign_files(codebook, tmp_path):
+    codebook.save_pretrained(tmp_path)
+    tables, config = tmp_path / "codebooks.safetensors", tmp_path / "config.json"
+    good_tables, good_config = tables.read_bytes(), config.read_text()
+
+    tables.write_bytes(good_tables[:-100])
+    size = len(good_tables)
+    with pytest.raises(ValueError, match=rf"has {size - 100:,} bytes, config.json says {size:,}"):
+        AnTKVCodebook.from_pretrained(tmp_path)
+    tables.write_bytes(good_tables[:-1] + bytes([good_tables[-1] ^ 1]))
+    with pytest.raises(ValueError, match="sha256 .* config.json says"):
+        AnTKVCodebook.from_pretrained(tmp_path)
+    tables.write_bytes(good_tables)
+
+    for edit, message in (
+        (lambda d: d.update(format_version=7), "format_version 7 is not known .this antkv-hf reads 1."),
+        (lambda d: d.pop("tables"), "a field is missing"),
+        (lambda d: d["antkv"].update(key="d8b8"), "layer 0, key tables: centroids has shape"),
+        (lambda d: d["antkv"].update(wrong=1), "unknown config field 'wrong'"),
+        (lambda d: d["model"].update(kv_heads=5), "kv_heads|5"),
+    ):
+        data = json.loads(good_config)
+        edit(data)
+        config.write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=message):
+            AnTKVCodebook.from_pretrained(tmp_path)
+    config.write_text("{ no json")
+    with pytest.raises(ValueError, match="is not the config.json of a codebook"):
+        AnTKVCodebook.from_pretrained(tmp_path)
+    config.write_text(good_config)
+    assert AnTKVCodebook.from_pretrained(tmp_path).config == codebook.config
+    tables.unlink()
+    with pytest.raises(FileNotFoundError, match="codebooks.safetensors is missing"):
+        AnTKVCodebook.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repo id"):
+        AnTKVCodebook.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("lane", ("sdpa", "antkv"))
+def test_empty_prompt(llama, cache, lane):
+    llama.set_attn_implementation(lane)
+    try:
+        with pytest.raises(ValueError, match="0 new tokens"):
+            llama(torch.zeros(1, 0, dtype=torch.int64), past_key_values=cache)
+        with pytest.raises(ValueError, match="0 new tokens"):
+            llama.generate(torch.zeros(1, 0, dtype=torch.int64), past_key_values=cache, max_new_tokens=3)
+    finally:
+        llama.set_attn_implementation("sdpa")
+    assert cache.get_seq_length() == 0
+
+
+def test_reuse_with_another_prompt(llama, cache):
+    llama.generate(ids(40), past_key_values=cache, max_new_tokens=4)
+    held = cache.get_seq_length()
+    with pytest.raises(ValueError, match=rf"holds {held} tokens of another prompt .* token 0.*reset"):
+        llama.generate(ids(60, seed=1), past_key_values=cache, max_new_tokens=4)
+    with pytest.raises(ValueError, match=rf"holds {held} tokens and the prompt has only 20"):
+        llama.generate(ids(20), past_key_values=cache, max_new_tokens=4)
+    assert cache.get_seq_length() == held, "a refused call must leave the cache as it was"
+    cache.reset()
+    llama.generate(ids(60, seed=1), past_key_values=cache, max_new_tokens=4)
+
+
+def test_reset_on_new_prompt(llama, codebook):
+    cache = AnTKVCache(llama.config, codebook=codebook, on_new_prompt="reset")
+    for seed, n in ((0, 40), (1, 60), (2, 20)):
+        fresh = AnTKVCache(llama.config, codebook=codebook)
+        options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
+        expected = llama.generate(ids(n, seed), past_key_values=fresh, **options)
+        assert torch.equal(llama.generate(ids(n, seed), past_key_values=cache, **options), expected)
+    with pytest.raises(ValueError, match="must be 'error' or 'reset'"):
+        AnTKVCache(llama.config, codebook=codebook, on_new_prompt="ignore")
+
+
+def test_batch_size_changed(llama, cache):
+    llama(ids(20, batch=2), past_key_values=cache)
+    with pytest.raises(ValueError, match="batch size changed from 2 to 3"):
+        llama(ids(1, batch=3), past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    with pytest.raises(ValueError, match="batch of 2 and the prompt is a batch of 3"):
+        cache._guard.remember(ids(20, batch=2))
+        llama.generate(ids(30, batch=3), past_key_values=cache, max_new_tokens=2)
+
+
+def test_grad_enabled(cache):
+    model = tiny_llama().requires_grad_(True)
+    with pytest.raises(ValueError, match="require grad.*no_grad"):
+        model(ids(10), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(ids(10), past_key_values=cache)
+
+
+def test_refused_models_and_options(llama, codebook):
+    mla = AutoConfig.for_model("deepseek_v3", num_hidden_layers=2)
+    with pytest.raises(ValueError, match="latent attention .kv_lora_rank=512.*DynamicCache"):
+        AnTKVCache(mla, AnTKVConfig.preset("identity"))
+    sliding = AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=16)
+    with pytest.raises(ValueError, match="none of the 2 layers of mistral can be quantized"):
+        AnTKVCache(sliding, AnTKVConfig.preset("identity"))
+    with pytest.raises(ValueError, match="offloading=True"):
+        AnTKVCache(llama.config, codebook=codebook, offloading=True)
+    with pytest.raises(ValueError, match="skip_layers names layer 9, but the model has 3 layers"):
+        AnTKVCache(llama.config, CONFIG.replace(skip_layers=(0, 9)), codebook)
+    with pytest.raises(ValueError, match="nothing to go by"):
+        AnTKVCache(llama.config)
+
+
+def test_positive_crop(llama, cache):
+    llama(ids(20), past_key_values=cache)
+    for crop in (cache.crop, cache.layers[0].crop):
+        with pytest.raises(ValueError, match=r"crop\(5\) must not be positive"):
+            crop(5)
+
+
+def test_keys_of_another_kind(llama, cache):
+    llama(ids(20), past_key_values=cache)
+    good = torch.randn(1, 2, 1, 16)
+    with pytest.raises(ValueError, match="changed from 2 x 16 to 4 x 16"):
+        cache.update(good.repeat(1, 2, 1, 1), good.repeat(1, 2, 1, 1), 0)
+    with pytest.raises(ValueError, match="torch.float32 on cpu to torch.bfloat16"):
+        cache.update(good.bfloat16(), good.bfloat16(), 0)
+    with pytest.raises(ValueError, match="do not belong together"):
+        cache.update(good, torch.randn(1, 2, 2, 16), 0)
+    with pytest.raises(ValueError, match="layer_idx 3 is beyond the 3 layers"):
+        cache.update(good, good, 3)
+    assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AnTKVConfig(window=0), "window=0 must be at least 1"),
+        (lambda: AnTKVConfig(window=-5), "window=-5"),
+        (lambda: AnTKVConfig(chunk=0), "chunk=0"),
+        (lambda: AnTKVConfig.preset("3bit"), "3 bits per element do not exist.*4, 2, 1.25, 1"),
+        (lambda: AnTKVConfig.preset("1bit", key="7"), "7 bits"),
+        (lambda: AnTKVConfig(rope="post"), "'post' is unknown"),
+        (lambda: AnTKVConfig(rope="block"), "reserved"),
+        (lambda: AnTKVConfig(skip_layers=(-1,)), "negative"),
+        (lambda: AnTKVConfig(key=None), "both be None"),
+        (lambda: VQSpec(8, 9), "code_bits=9 does not exist"),
+        (lambda: VQSpec(0), "sub_dim=0"),
+        (lambda: VQSpec(8, 8, 0), "stages=0"),
+        (lambda: VQSpec.parse("8x8"), "d8b8"),
+        (lambda: VQSpec(32, 8).groups(80), "head_dim 80 is not a multiple of sub_dim 32"),
+        (lambda: AnchorConfig(fraction=1.5), "1.5 must lie between 0 and 1"),
+        (lambda: AnchorConfig(dtype="int4"), "'int4' is unknown"),
+        (lambda: AnchorConfig(sinks=-1), "sinks=-1"),
+    ],
+)
+def test_config_numbers(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_unknown_backend_and_score(llama, codebook, monkeypatch):
+    with pytest.raises(ValueError, match="score 'best' is unknown"):
+        AnTKVCache(llama.config, CONFIG.replace(anchor_score="best"), codebook)
+    cache = AnTKVCache(llama.config, CONFIG.replace(backend="tpu"), codebook)
+    with pytest.raises(ValueError, match="backend 'tpu' is unknown"):
+        llama(ids(10), past_key_values=cache)
+    monkeypatch.setenv("ANTKV_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="'cuda' is not available on cpu"):
+        llama(ids(10), past_key_values=AnTKVCache(llama.config, codebook=codebook))
+
+
+def test_custom_generate_starts_afresh_for_every_prompt(llama, codebook):
+    generate = antkv_generate(codebook)
+    options = dict(max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    for extra in ({}, dict(num_beams=3), dict(prompt_lookup_num_tokens=4)):
+        for seed in (0, 1):
+            prompt = ids(40, seed)
+            expected = llama.generate(
+                prompt, past_key_values=AnTKVCache(llama.config, codebook=codebook), **options, **extra
+            )
+            assert torch.equal(llama.generate(prompt, custom_generate=generate, **options, **extra), expected)
