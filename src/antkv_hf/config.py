@@ -106,7 +106,7 @@ class AnchorConfig:
             ``accumulated_attention``, ``squared_attention``, ``key_norm``, ``first_tokens``, ``random``, ``none``.
         fraction: share of each chunk and kv head that is kept, 0 to 1.
         dtype: ``int8`` (a float16 scale per vector) or ``float16``.
-        sinks: first tokens of each sequence, always exact in the model's own dtype.
+        sinks: first tokens of each sequence, always kept in 16 bits (float16, or bfloat16 in a bfloat16 model).
     """
 
     score: str = "error_aware"

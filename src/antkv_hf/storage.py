@@ -20,7 +20,7 @@ ENCODE_BLOCK = 4096  # tokens encoded at a time: bounds the workspace of a long 
 
 @dataclass(frozen=True)
 class ExactTokens:
-    """Tokens kept beside the codes: sinks (model dtype), anchors (float16, or int8 with a float16 scale a vector).
+    """Tokens kept beside the codes: sinks (16 bits), anchors (float16, or int8 with a float16 scale a vector).
 
     Args:
         positions: int32 ``(batch, kv_heads, m)``, index into the sequence, -1 for an empty slot.
@@ -40,7 +40,8 @@ class ExactTokens:
         """Keeps `keys` (after RoPE) and `values` of the tokens at `indices` ``(batch, kv_heads, m)`` (-1: empty)."""
         positions = indices.to(torch.int32)
         if dtype != torch.int8:
-            return cls(positions, keys.to(dtype), values.to(dtype))
+            limit = torch.finfo(dtype).max  # float16 would turn a float32 model's outlier into infinity
+            return cls(positions, *(x.clamp(-limit, limit).to(dtype) for x in (keys, values)))
         plain = keys.float()
         if codec.rotary is not None:
             plain = codec.rotary.unrotate(plain, indices - offset.view(-1, 1, 1))
@@ -254,7 +255,8 @@ class LayerStorage:
             return
         local = (wanted - indices[0]).clamp(0, len(indices) - 1).unsqueeze(1).expand(-1, keys.shape[1], -1)
         index = wanted.masked_fill(~here, -1).unsqueeze(1).expand(-1, keys.shape[1], -1)
-        new = ExactTokens.store(index, *_gather(local, keys, values), keys.dtype, self.codec, self.offset)
+        dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
+        new = ExactTokens.store(index, *_gather(local, keys, values), dtype, self.codec, self.offset)
         self.sinks = new if self.sinks is None else self.sinks.append(new)
 
     def crop(self, length: int) -> None:

@@ -22,6 +22,7 @@ def attend(
     sink_logit: torch.Tensor | None = None,
     backend: str = "reference",
     observer: LayerStorage | None = None,
+    commit: bool = False,
 ) -> torch.Tensor:
     """Attention of `query` ``(batch, q_heads, q_len, head_dim)`` over a snapshot; the tail is its newest part.
 
@@ -31,6 +32,7 @@ def attend(
         is_causal: without a mask, causal counted from the end of the keys.
         softcap, sink_logit: see `reference.attention.attention`.
         observer: the storage whose tail tokens these queries score.
+        commit: encode at once what has left the window, so that a long prefill holds one layer's exact keys at a time.
 
     Returns:
         ``(batch, q_heads, q_len, value_dim)`` in the query's dtype.
@@ -55,15 +57,15 @@ def attend(
         if answer is None:
             answer = BACKENDS[backend](past, query, visibility, scale, softcap, sink_logit)
         out, lse = answer
-        if observer is not None:
+        if observer is not None and observer.tail_keys is past.tail_keys:  # else an old snapshot, encoded since
             observe(observer, past, query, out, lse, visibility, scale, softcap)
+            if commit:
+                observer.commit()
     return out.flatten(1, 2).to(query.dtype)
 
 
 def observe(storage: LayerStorage, past: Snapshot, query, out, lse, visibility: Visibility, scale, softcap) -> None:
     """Adds what these queries say of the tail tokens to the storage's running statistic."""
-    if storage.tail_keys is not past.tail_keys:
-        return  # an old snapshot: its tokens may have been encoded since
     first_query = None
     if visibility.mask is not None:
         # The padding of a sequence is open until its first real token is encoded, and fixed from then on.

@@ -21,14 +21,15 @@ _EVERYTHING = slice(None)
 
 
 class SharedSnapshot:
-    """The snapshot behind a pair of handles, with what they share: backend, observer, dense copy."""
+    """The snapshot behind a pair of handles, with what they share: backend, observing storage, dense copy."""
 
-    def __init__(self, snapshot: Snapshot, backend: str, observer: LayerStorage | None):
-        self.snapshot, self.backend, self.observer = snapshot, backend, observer
+    def __init__(self, snapshot: Snapshot, backend: str, observer: LayerStorage | None, commit: bool):
+        self.snapshot, self.backend, self.observer, self.commit = snapshot, backend, observer, commit
         self._dense: dict[str, torch.Tensor] | None = None
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None = None, **options) -> torch.Tensor:
-        return attend(self.snapshot, query, mask, backend=self.backend, observer=self.observer, **options)
+        wiring = dict(backend=self.backend, observer=self.observer, commit=self.commit)
+        return attend(self.snapshot, query, mask, **wiring, **options)
 
     def dense(self, role: str, operation: str) -> torch.Tensor:
         if self._dense is None:

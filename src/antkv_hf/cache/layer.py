@@ -34,9 +34,10 @@ class LayerPlan:
 class AnTKVLayer(CacheLayerMixin):
     """Keys and values of one attention layer: codes of the past, anchors, and an exact recent window.
 
-    Tokens are encoded at the start of the *next* `update`, once attention has seen the queries that score them. After
-    `activate_past_recording` (assisted and prompt-lookup decoding) they are encoded in `crop` instead, which generate
-    then calls at every step.
+    Tokens that leave the window are encoded right after the attention call that follows `update` (its queries score
+    them), so a long prefill holds the exact keys of one layer at a time; where attention did not come through a handle
+    (eager), at the next `update`. After `activate_past_recording` (assisted and prompt-lookup decoding) they are
+    encoded in `crop` instead, which generate then calls at every step.
     """
 
     is_compileable = False
@@ -83,7 +84,7 @@ class AnTKVLayer(CacheLayerMixin):
             if not self.record_past:
                 storage.commit()
             storage.append(key_states, value_states)
-        shared = SharedSnapshot(storage.snapshot(), self.backend, storage)
+        shared = SharedSnapshot(storage.snapshot(), self.backend, storage, commit=not self.record_past)
         return KVHandle.pair(shared)
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -1,0 +1,106 @@
+"""The memory that `memory_footprint` reports is the memory that is really there."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import tiny_llama
+from helpers import random_codebook
+from transformers import DynamicCache
+
+from antkv_hf import AnTKVCache, AnTKVConfig
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    """SmolLM2's cache shapes on random weights with a small body: 30 layers, 3 kv heads of 64."""
+    model = tiny_llama(
+        num_hidden_layers=30, num_attention_heads=3, num_key_value_heads=3, head_dim=64, hidden_size=48,
+        intermediate_size=48,
+    )  # fmt: skip
+    return model, random_codebook(model, AnTKVConfig.preset("1bit"))
+
+
+def fill(model, cache, tokens: int, dtype=torch.float32, batch: int = 1) -> None:
+    """Feeds random queries, keys and values through update and attention, as a model's layers do."""
+    g = torch.Generator().manual_seed(0)
+    for i in range(len(cache.layers)):
+        query, keys, values = (torch.randn(batch, 3, tokens, 64, generator=g).to(dtype) for _ in range(3))
+        keys, values = cache.update(keys, values, i)
+        torch.nn.functional.scaled_dot_product_attention(query[:, :, -64:], keys, values)
+
+
+def live_tensor_bytes(ignore: set[int]) -> int:
+    """Bytes of all tensor storages alive in the process, each counted once, as the allocator holds them."""
+    gc.collect()
+    seen: dict[int, int] = {}
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor) and type(item) is torch.Tensor and item.device.type == "cpu":
+            storage = item.untyped_storage()
+            if storage.data_ptr() not in ignore:
+                seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
+
+
+def live_pointers() -> set[int]:
+    gc.collect()
+    return {
+        t.untyped_storage().data_ptr()
+        for t in gc.get_objects()
+        if type(t) is torch.Tensor and t.device.type == "cpu"
+    }
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_at_least_seven_times_smaller_at_2048_tokens(shapes, dtype):
+    model, codebook = shapes
+    cache = AnTKVCache(model.config, codebook=codebook)
+    dense = DynamicCache(config=model.config)
+    fill(model, cache, 2048, dtype)
+    fill(model, dense, 2048, dtype)
+    dense_bytes = sum(t.numel() * t.element_size() for layer in dense.layers for t in (layer.keys, layer.values))
+    footprint = cache.memory_footprint()
+    assert footprint.tokens == 2048 and footprint.dense_bytes == dense_bytes
+    assert footprint.compression >= 7
+    assert footprint.coded_tokens == 1920
+    assert footprint.bits_per_element <= 1.25
+    assert footprint.tables > 0 and "tables, shared by all caches" in str(footprint)
+
+
+def test_footprint_agrees_with_live_tensors_within_ten_percent(shapes):
+    model, codebook = shapes
+    fill(model, AnTKVCache(model.config, codebook=codebook), 10)  # places the shared tables
+    before = live_pointers()
+    cache = AnTKVCache(model.config, codebook=codebook)
+    fill(model, cache, 4096)
+    measured, reported = live_tensor_bytes(before), cache.memory_footprint().total
+    assert abs(measured - reported) <= 0.1 * reported, (measured, reported)
+
+
+def test_many_decode_steps_do_not_leak(shapes):
+    model, codebook = shapes
+    cache = AnTKVCache(model.config, codebook=codebook)
+    fill(model, cache, 300)
+    gone = weakref.ref(cache.layers[0].storage.tail_keys)
+    before = cache.memory_footprint()
+    for _ in range(256):
+        fill(model, cache, 2)
+    after = cache.memory_footprint()
+    gc.collect()
+    assert gone() is None, "an old tail is still alive"
+    assert after.tokens == before.tokens + 512
+    assert after.window <= before.window * 256 / 172 + 1
+    grown = (after.codes - before.codes) / (30 * 3 * 16)  # 16 bytes of codes a token, layer and kv head
+    assert grown == after.coded_tokens - before.coded_tokens
+
+
+def test_tables_are_shared_by_the_caches_of_a_model(shapes):
+    model, codebook = shapes
+    caches = [AnTKVCache(model.config, codebook=codebook) for _ in range(3)]
+    for cache in caches:
+        fill(model, cache, 5)
+    codecs = {id(cache.layers[7].storage.codec) for cache in caches}
+    assert len(codecs) == 1
