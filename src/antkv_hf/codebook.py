@@ -65,6 +65,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         self.config, self.tables, self.model = config, tables, model
         self.calibration, self.evaluation = calibration or {}, evaluation or []
         self._codecs: dict[tuple, LayerCodec] = {}
+        self._rotaries: dict[tuple | None, Rotary] = {}
 
     # ---------------------------------------------------------------- use
     def check(self, text_config, config: AnTKVConfig, layers: list[int]) -> None:
@@ -100,12 +101,15 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                     f"codebook of {self.model['base_model']} has {sizes[0]} of size {sizes[1]} (values {sizes[2]})"
                 )
             turn = rotary[layer] if config.rope == "pre" else None
-            place = (layer, device, None if turn is None else (tuple(turn.inv_freq.tolist()), turn.scaling))
+            form = None if turn is None else (device, tuple(turn.inv_freq.tolist()), turn.interleaved, turn.scaling)
+            if turn is not None and form not in self._rotaries:  # one object, so one angle table, for all layers
+                self._rotaries[form] = turn.to(device)
+            place = (layer, device, form)
             if place not in self._codecs:
                 self._codecs[place] = LayerCodec(
                     VectorQuantizer(config.key, key, device),
                     VectorQuantizer(config.value, value, device),
-                    None if turn is None else turn.to(device),
+                    self._rotaries[form] if turn is not None else None,
                 )
             return self._codecs[place]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,7 @@ class Rotary:
     inv_freq: torch.Tensor
     interleaved: bool = False
     scaling: float = 1.0
+    _table: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)  # cos, sin of `rotate_block`
 
     @property
     def rotary_dim(self) -> int:
@@ -41,13 +42,31 @@ class Rotary:
         """Inverse of `rotate`: keys as they were before RoPE."""
         return self._turn(x, positions, -1.0, 1.0 / self.scaling)
 
+    def rotate_block(self, x: torch.Tensor) -> torch.Tensor:
+        """RoPE at positions 0, 1, ... n-1 of a block, from a constant table; `x` is ``(..., n, head_dim)``.
+
+        With `turn_back` on the queries this equals `rotate` at the true positions, for one table of any block.
+        """
+        n = x.shape[-2]
+        if not self._table or self._table[0].shape[0] < n:
+            angle = torch.arange(n, device=x.device, dtype=torch.float32).unsqueeze(-1) * self.inv_freq
+            self._table[:] = [angle.cos() * self.scaling, angle.sin() * self.scaling]
+        cos, sin = (t[:n].to(x.dtype) for t in self._table)
+        return self._apply(x, cos, sin)
+
+    def turn_back(self, query: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """Queries seen from a block that begins at position `start` (broadcastable to ``query.shape[:-1]``)."""
+        return self._turn(query, start, -1.0, 1.0)
+
     def to(self, device: torch.device) -> Rotary:
         return Rotary(self.inv_freq.to(device), self.interleaved, self.scaling)
 
     def _turn(self, x: torch.Tensor, positions: torch.Tensor, sign: float, scale: float) -> torch.Tensor:
-        n = self.inv_freq.shape[0]
         angle = positions.to(torch.float32).unsqueeze(-1) * self.inv_freq
-        cos, sin = (angle.cos() * scale).to(x.dtype), (angle.sin() * (sign * scale)).to(x.dtype)
+        return self._apply(x, (angle.cos() * scale).to(x.dtype), (angle.sin() * (sign * scale)).to(x.dtype))
+
+    def _apply(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        n = self.inv_freq.shape[0]
         if self.interleaved:
             a, b = x[..., 0 : 2 * n : 2], x[..., 1 : 2 * n : 2]
             turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)

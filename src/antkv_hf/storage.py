@@ -130,6 +130,18 @@ class Snapshot:
         assert self.key_codes is not None
         return self.codec.decode_keys(self.key_codes[:, :, start:stop], self.positions(start, stop))
 
+    def block_keys(self, start: int, stop: int) -> torch.Tensor:
+        """The same keys seen from the block's first token; `block_query` turns queries to match."""
+        assert self.key_codes is not None
+        keys = self.codec.key.decode(self.key_codes[:, :, start:stop])
+        return keys if self.codec.rotary is None else self.codec.rotary.rotate_block(keys)
+
+    def block_query(self, query: torch.Tensor, start: int) -> torch.Tensor:
+        """Queries after RoPE ``(batch, kv_heads, group, q_len, head_dim)`` as the block starting at `start` sees them."""
+        if self.codec.rotary is None:
+            return query
+        return self.codec.rotary.turn_back(query, (start - self.offset).view(-1, 1, 1, 1))
+
     def exact_mask(self) -> torch.Tensor | None:
         """bool ``(batch, kv_heads, coded)``: True where an exact token stands in for the code; None if nowhere."""
         if not self.exact_tokens or self.key_codes is None:

@@ -65,7 +65,7 @@ def detokenize_wikitext(text: str) -> str:
     """
     text = re.sub(r"<unk> ?", "", text)
     text = re.sub(r" @([-,.])@ ", r"\1", text)
-    text = re.sub(r"\b(s) '(?= )", r"\1'", text)
+    text = re.sub(r"(?<=s) '(?= )", "'", text)
     text = re.sub(r" ('(?:s|t|re|ve|m|ll|d)\b)", r"\1", text)
     text = re.sub(r" n't\b", "n't", text)
     text = re.sub(r" +([.,;:!?%)\]}])", r"\1", text)
@@ -84,7 +84,7 @@ def _folder_texts(folder: Path) -> list[str]:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in FOLDER_SUFFIXES and p.is_file())
     paths = [p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if not paths:
-        raise ValueError(f"folder {folder} has no {', '.join(FOLDER_SUFFIXES)} files: give a folder that has, or a file")
+        raise ValueError(f"folder {folder} has no {', '.join(FOLDER_SUFFIXES)} files: give one that has, or a file")
     return [text for path in paths for text in _file_texts(path)]
 
 
@@ -155,7 +155,9 @@ def _datasets(name: str, file: str | None, config: str | None = None, split: str
 
 
 # -------------------------------------------------------------------- windows
-def token_windows(tokenizer, texts: Iterable[str], window: int, count: int | None = None, skip: int = 0) -> torch.Tensor:
+def token_windows(
+    tokenizer, texts: Iterable[str], window: int, count: int | None = None, skip: int = 0
+) -> torch.Tensor:
     """Contiguous windows of the texts' tokens, in order.
 
     The texts are joined by a blank line and tokenized without special tokens, a piece at a time, and no further than
@@ -197,7 +199,7 @@ def _token_ids(tokenizer, pieces: Iterable[str], needed: int | None) -> list[int
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Cuts the joined texts where a line begins, so that tokens are the same as those of the whole."""
+    """Cuts the joined texts before a word, where byte-level tokenizers cut too: the tokens stay the same."""
     rest = ""
     for text in texts:
         if not isinstance(text, str):
@@ -207,9 +209,8 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
         rest = f"{rest}\n\n{text}" if rest else text
         begin = 0
         while len(rest) - begin > PIECE:
-            # a line break that is followed by at most one blank: longer runs of blanks make tokens of their own
-            breaks = [m.end() for m in re.finditer(r"\n(?= ?\S)", rest[begin : begin + PIECE])]
-            cut = breaks[-1] if breaks else max(rest.rfind(" ", begin + 1, begin + PIECE) - begin, 0) or PIECE
+            breaks = [m.end() for m in re.finditer(r"\S(?= [^\W\d_])", rest[begin : begin + PIECE])]
+            cut = breaks[-1] if breaks else max(rest.rfind("\n", begin + 1, begin + PIECE) - begin, 0) or PIECE
             yield rest[begin : begin + cut]
             begin += cut
         rest = rest[begin:]
@@ -260,14 +261,14 @@ class TextMix:
         if isinstance(texts, TextMix):
             return texts
         if isinstance(texts, str):
-            raise TypeError("texts must be a list of strings or a TextMix (TextMix.from_sources([...])), not one string")
+            raise TypeError("texts must be a list of strings or TextMix.from_sources([...]), not one string")
         texts = list(texts)
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"texts must be strings, got a {type(text).__name__}; of a data set, pass one column")
         if not any(text.strip() for text in texts):
             raise ValueError(f"texts are empty: {len(texts)} strings without a word")
-        return cls((Domain(f"{len(texts)} texts", texts, 1.0),))
+        return cls((Domain("one text" if len(texts) == 1 else f"{len(texts)} texts", texts, 1.0),))
 
     def describe(self) -> list[str]:
         """Names with shares, as a codebook's card shows them; of local paths only the last part."""
@@ -293,8 +294,9 @@ def parse_source(source: str) -> tuple[str, float | None]:
 def mix_windows(tokenizer, mix: TextMix | Sequence[str], window: int, count: int, seed: int = 0) -> torch.Tensor:
     """Windows drawn from all domains by their shares and shuffled.
 
-    Each domain is cut into pieces of about 65,000 characters, which are shuffled, so that a sample of a long text covers
-    all of it. Where the tokenizer begins texts with a BOS token, so does every window: models with one rely on it.
+    Each domain is cut into pieces of about 65,000 characters, which are shuffled, so that a sample of a long text
+    covers all of it. Where the tokenizer begins texts with a BOS token, so does every window: models with one rely on
+    it.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -338,7 +340,7 @@ def _shares(given: list[float | None]) -> list[float]:
     if not open_ones:
         return [share / known for share in given if share is not None]
     if known >= 1:
-        raise ValueError(f"the given shares add up to {known:g} and leave nothing for {open_ones} source(s) without one")
+        raise ValueError(f"the given shares add up to {known:g}, leaving nothing for {open_ones} source(s) without one")
     return [(1 - known) / open_ones if share is None else share for share in given]
 
 

@@ -122,8 +122,9 @@ def attention(past, query, visibility: Visibility, scale: float, softcap=None, s
         exact = past.exact_mask()
         for start in range(0, coded, BLOCK):
             stop = min(start + BLOCK, coded)
-            keys = past.decode_keys(start, stop)
-            logits = visibility.apply(logits_of(q, keys, scale, softcap), slice(start, stop))
+            # (R_s+r k) . q = (R_r k) . (R_-s q): the angles r of a block are a constant table
+            logits = logits_of(past.block_query(q, start), past.block_keys(start, stop), scale, softcap)
+            logits = visibility.apply(logits, slice(start, stop))
             if exact is not None:
                 logits = logits.masked_fill(exact[:, :, None, None, start:stop], float("-inf"))
             codes = past.value_codes[:, :, start:stop]

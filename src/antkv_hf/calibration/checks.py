@@ -1,0 +1,78 @@
+"""What can be calibrated, and with how much text: refused before any work starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ..cache.model_rotary import model_rotary
+from ..config import AnTKVConfig
+from ..rotary import Rotary
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raises ValueError if the model is not a causal language model whose attention can be seen."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model: only causal language models are calibrated")
+    if not model.can_generate():
+        raise ValueError(
+            f"{name} does not generate text: load it with AutoModelForCausalLM; an encoder has no KV cache to quantize"
+        )
+    text = model.config.get_text_config(decoder=True)
+    if rank := getattr(text, "kv_lora_rank", None):
+        raise ValueError(
+            f"{text.model_type} uses multi-head latent attention (kv_lora_rank={rank}): its cache holds latents, not "
+            "keys and values"
+        )
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{name} does not use transformers' AttentionInterface: its keys cannot be seen")
+
+
+def layers_to_learn(model: PreTrainedModel, config: AnTKVConfig) -> dict[int, Rotary | None]:
+    """Full-attention layers that are not skipped, with the RoPE to take off their keys; ValueError if none is."""
+    layers = list(DynamicCache(config=model.config).layers)
+    found = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in config.skip_layers]
+    if not found:
+        kinds = dict(Counter(type(layer).__name__ for layer in layers))
+        raise ValueError(
+            f"{type(model).__name__} has no layer to calibrate among its {len(layers)} ({kinds}, skip_layers="
+            f"{config.skip_layers}): only full-attention layers are quantized"
+        )
+    rotary = model_rotary(model.config) if config.rope == "pre" else [None] * len(layers)
+    return {i: rotary[i] for i in found}
+
+
+def check_sizes(
+    config: AnTKVConfig,
+    described: dict[str, Any],
+    rotary: dict[int, Rotary | None],
+    tokens: int,
+    window: int,
+    samples: int,
+) -> None:
+    """Raises ValueError if head sizes, tokens or samples do not suffice for the specs."""
+    if config.key is None or config.value is None:
+        raise ValueError("the identity codec has no tables to learn: choose e.g. AnTKVConfig.preset('1bit')")
+    config.key.groups(described["head_dim"])
+    config.value.groups(described["value_dim"])
+    if config.key.sub_dim % 2 and any(rotary.values()):
+        raise ValueError(
+            f"key spec {config.key} has an odd sub_dim {config.key.sub_dim}, but both channels of a RoPE pair must "
+            "stay in one sub-vector: choose an even one"
+        )
+    if window < 2:
+        raise ValueError(f"window={window} must be at least 2 tokens")
+    if tokens < window:
+        raise ValueError(f"tokens={tokens} is less than one window of {window} tokens: raise tokens, or lower window")
+    available = min(samples, tokens // window * window)
+    for role, spec in (("key", config.key), ("value", config.value)):
+        if available < spec.centroids:
+            raise ValueError(
+                f"{available} samples (samples={samples}, tokens={tokens}) are fewer than the {spec.centroids} "
+                f"centroids of the {role} spec {spec}: raise both to {spec.centroids} at the very least, better to "
+                f"{64 * spec.centroids}"
+            )

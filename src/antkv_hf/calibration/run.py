@@ -1,0 +1,244 @@
+"""`calibrate`: from a model and text to a codebook."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..codebook import AnTKVCodebook, describe_model
+from ..codecs import VQTables
+from ..config import AnTKVConfig
+from ..rotary import Rotary
+from ..texts import TextMix, mix_windows
+from .checks import check_model, check_sizes, layers_to_learn
+from .intercept import frozen_for_statistics
+from .statistics import LayerStatistics, window_statistics
+from .tables import learn_tables
+from .work_folder import WorkFolder, digest
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a run does, checked before any work starts."""
+
+    described: dict[str, Any]
+    rotary: dict[int, Rotary | None]  # by quantized layer
+    windows: torch.Tensor  # (count, window)
+    kept: torch.Tensor  # positions of the sampled tokens (count, m)
+
+    def disk_bytes(self) -> int:
+        d = self.described
+        vector = 4 * (d["head_dim"] + d["value_dim"]) + 1  # 2 bytes of data, 2 of gradient; the mask
+        return self.kept.numel() * len(self.rotary) * d["kv_heads"] * vector
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer,
+    texts: TextMix | Sequence[str],
+    config: AnTKVConfig,
+    *,
+    tokens: int = 262144,
+    window: int = 2048,
+    seed: int = 0,
+    samples: int = 131072,
+    work_dir: str | Path | None = None,
+    base_model: str | None = None,
+    progress: bool = True,
+    iterations: int = 10,
+    batch_size: int = 1,
+    sources: Sequence[str] | None = None,
+    license: str | None = None,
+) -> AnTKVCodebook:
+    """Learns a codebook: tables of every full-attention layer, fitted to the model's own keys, values and gradients.
+
+    One forward and backward pass over `tokens` of text, then weighted k-means layer by layer, on the model's device.
+
+    Peak memory beside the weights is the larger of
+        activations of `batch_size` windows (their whole graph) + 2 * batch_size * window * vocabulary elements
+        + 3 * heads * 512 * 1024 * 4 bytes, and
+        6 * samples * kv_heads * head_dim * 4 bytes + 192 MB (one layer's keys or values, and k-means).
+    Disk, in `work_dir`: samples * layers * kv_heads * (4 * (head_dim + value_dim) + 1) bytes, e.g. 6 GB for 131,072
+    samples of 30 layers with 3 kv heads of size 64.
+
+    Args:
+        model: any causal language model of transformers with full-attention layers; it is left as it was.
+        tokenizer: the model's tokenizer.
+        texts: plain strings (one domain), or several domains with shares, e.g.
+            ``TextMix.from_sources(["wiki.txt=0.5", "code/"])``. Tables only serve the domains that they have seen.
+        config: codec specs, rope mode and layers to skip; the rest become the codebook's defaults.
+        tokens: tokens to run, a whole number of windows of `window` tokens.
+        seed: decides text pieces, sampled tokens and k-means. The same seed gives the same tables on the same device.
+        samples: tokens kept for the tables, spread evenly over the windows; at least ``2**code_bits``.
+        work_dir: where statistics and finished tables are kept. A run that was stopped goes on from there, and another
+            config of the same rope mode and layers reuses the statistics. None: a temporary folder, removed at the end.
+        base_model: Hub id of the model, for the card; the model's own name by default.
+        progress: show progress bars.
+        iterations: rounds of k-means.
+        batch_size: windows in a pass.
+        sources: what the card says about the texts, instead of their names. license: of the codebook, for its card.
+
+    Returns:
+        The codebook, with relative errors of keys and values in ``codebook.calibration["relative_error"]``.
+
+    Raises:
+        ValueError: before any work: too little text, an encoder or a model without full-attention layers, sizes that a
+            spec does not divide, fewer samples than centroids, a `work_dir` of other settings, too little disk.
+
+    Example:
+        >>> codebook = calibrate(model, tokenizer, TextMix.from_sources(["wiki.txt"]), AnTKVConfig.preset("1bit"))
+        >>> codebook.save_pretrained("codebooks/my-model-1bit")
+    """
+    mix = TextMix.of(texts)
+    for name, number in (("iterations", iterations), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1")
+    check_model(model)
+    described = describe_model(model.config.get_text_config(decoder=True), base_model)
+    rotary = layers_to_learn(model, config)
+    check_sizes(config, described, rotary, tokens, window, samples)
+    windows = mix_windows(tokenizer, mix, window, tokens // window, seed)
+    plan = _Plan(described, rotary, windows, _sampled_positions(*windows.shape, samples, seed))
+    with ExitStack() as stack:
+        if work_dir is None:
+            work_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="antkv-calibration-"))
+        folder = WorkFolder(
+            Path(work_dir),
+            _settings(model, config, plan, seed),
+            {"key": str(config.key), "value": str(config.value), "iterations": iterations, "seed": seed},
+        )
+        _collect(model, plan, folder, batch_size, progress)
+        tables, errors = _learn(config, plan, folder, model.device, iterations, seed, progress)
+    made = {
+        "sources": list(sources) if sources is not None else mix.describe(),
+        "tokens": windows.numel(),
+        "window": window,
+        "samples": plan.kept.numel(),
+        "seed": seed,
+        "iterations": iterations,
+        "relative_error": errors,
+        "date": date.today().isoformat(),
+        "versions": {"antkv-hf": _version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if license is not None:
+        made["license"] = license
+    return AnTKVCodebook(config, tables, described, calibration=made)
+
+
+def _settings(model: PreTrainedModel, config: AnTKVConfig, plan: _Plan, seed: int) -> dict[str, Any]:
+    """Everything that decides the statistics. Weights are told apart by the first elements of each parameter."""
+    weights = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        weights.update(name.encode())
+        if not parameter.is_meta:
+            weights.update(parameter.detach().flatten()[:4].float().cpu().numpy().tobytes())
+    return {
+        "format": 1,
+        "model": digest({k: v for k, v in plan.described.items() if k != "base_model"}),
+        "weights": weights.hexdigest()[:16],
+        "dtype": str(model.dtype),
+        "layers": sorted(plan.rotary),
+        "rope": config.rope,
+        "tokens": plan.windows.numel(),
+        "window": plan.windows.shape[1],
+        "samples": plan.kept.numel(),
+        "seed": seed,
+        "text": hashlib.sha256(plan.windows.numpy().tobytes()).hexdigest()[:16],
+    }
+
+
+def _sampled_positions(count: int, window: int, samples: int, seed: int) -> torch.Tensor:
+    """Sorted random positions to keep in each window ``(count, m)``, m the same for all and count * m >= samples."""
+    size = min(window, -(-samples // count))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, window, generator=generator).topk(size).indices.sort().values
+
+
+# -------------------------------------------------------------------- work
+def _collect(model: PreTrainedModel, plan: _Plan, folder: WorkFolder, batch_size: int, progress: bool) -> None:
+    """Writes a shard for every window that has none yet."""
+    count = len(plan.windows)
+    # Whole batches are repeated, so that a window is always computed beside the same others.
+    batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    missing = [batch for batch in batches if not all(folder.has_window(i) for i in batch)]
+    if not missing:
+        return
+    needed = plan.disk_bytes() * sum(len(batch) for batch in missing) // count
+    if needed > (free := shutil.disk_usage(folder.path).free):
+        raise ValueError(
+            f"the statistics need {needed / 1e9:.1f} GB in {folder.path}, which has {free / 1e9:.1f} GB free: give a "
+            "work_dir on a larger disk, or fewer samples"
+        )
+    done = count - sum(len(batch) for batch in missing)
+    bar = tqdm(total=count, initial=done, desc="statistics", unit="window", disable=not progress)
+    with bar, frozen_for_statistics(model):
+        for batch in missing:
+            rows = slice(batch.start, batch.stop)
+            found, nll = window_statistics(model, plan.windows[rows], plan.rotary, plan.kept[rows])
+            for i, layers in zip(batch, found, strict=True):
+                _check_shapes(layers, plan.described)
+                folder.save_window(i, layers)
+            bar.update(len(batch))
+            bar.set_postfix(nll=f"{nll.mean():.3f}")
+
+
+def _check_shapes(layers: dict[int, LayerStatistics], described: dict[str, Any]) -> None:
+    """Raises ValueError for a layer of other sizes than the config says, which a codebook cannot hold."""
+    expected = (described["kv_heads"], described["head_dim"], described["value_dim"])
+    for layer, statistics in layers.items():
+        found = (statistics.key.shape[0], statistics.key.shape[2], statistics.value.shape[2])
+        if found != expected:
+            raise ValueError(
+                f"layer {layer} has {found[0]} kv heads of size {found[1]} (values {found[2]}), but the config of the "
+                f"model says {expected[0]} of size {expected[1]} (values {expected[2]}): add the layer to skip_layers"
+            )
+
+
+def _learn(
+    config: AnTKVConfig,
+    plan: _Plan,
+    folder: WorkFolder,
+    device: torch.device,
+    iterations: int,
+    seed: int,
+    progress: bool,
+) -> tuple[dict[int, tuple[VQTables, VQTables]], dict[str, float]]:
+    """Tables by layer, finished ones from the folder, and the mean relative errors of keys and values."""
+    assert config.key is not None and config.value is not None
+    tables: dict[int, tuple[VQTables, VQTables]] = {}
+    errors = []
+    for layer in (bar := tqdm(sorted(plan.rotary), desc="tables", unit="layer", disable=not progress)):
+        if not folder.has_tables(layer):
+            learned = []
+            for spec, name, rotary in ((config.key, "key", plan.rotary[layer]), (config.value, "value", None)):
+                fields = (name, f"{name}_grad", "exclude")
+                x, gradients, exclude = folder.read(fields, layer, len(plan.windows), device)
+                # Distinct seeds: stages of a table add up to 1,000, layers and roles step over them.
+                own_seed = seed + 2000 * layer + (1000 if name == "value" else 0)
+                learned.append(learn_tables(spec, x, gradients, exclude, rotary, iterations, own_seed))
+            (key, key_error), (value, value_error) = learned
+            folder.save_tables(layer, key, value, (key_error, value_error))
+        key, value, found = folder.read_tables(layer)
+        tables[layer] = (key, value)
+        errors.append(found)
+        bar.set_postfix(key_error=f"{found[0]:.3f}", value_error=f"{found[1]:.3f}")
+    means = torch.tensor(errors).mean(0).tolist()
+    return tables, {"key": round(means[0], 4), "value": round(means[1], 4)}
+
+
+def _version() -> str:
+    from .. import __version__  # the package imports this module lazily
+
+    return __version__

@@ -1,0 +1,376 @@
+"""The command line: ``antkv demo | generate | calibrate | evaluate | inspect``.
+
+Results go to stdout (``--json`` for machines), progress to stderr. What the library raises becomes one line and exit
+code 1; ``antkv --debug COMMAND`` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from .config import AnTKVConfig
+
+# torch and transformers are imported inside the commands: --help answers at once.
+
+
+class _OneLineErrors(TyperGroup):
+    """A group whose commands fail with one clear line instead of a traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            # Of RuntimeErrors only a full GPU is the user's business; others are bugs and keep their traceback.
+            ours = not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"
+            if ctx.params.get("debug") or not ours:
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            typer.echo(f"antkv: error: {message}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A Hugging Face KV cache of 1 bit per element and below (AnTKV). Start with: antkv demo",
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model, or the word smollm2.")
+]
+Codebook = Annotated[str, typer.Argument(metavar="CODEBOOK", help="Folder or Hub id of a codebook of that model.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes the GPU if there is one.")]
+DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on a CPU, else the model's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a field of the config, e.g. window=64 or anchor_fraction=0.01.",
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _antkv(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks instead of one-line errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from . import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    codebook: Annotated[
+        str | None,
+        typer.Argument(metavar="[CODEBOOK]", help="Codebook of SmolLM2-135M-Instruct, if not the shipped one."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer at most.")] = 40,
+    as_json: AsJson = False,
+) -> None:
+    """A small chat model answers questions from a handbook: with its usual cache, and with a 1-bit one.
+
+    Prints both answers, bytes, speed and perplexity. Takes one or two minutes on two CPU cores.
+    """
+    _quiet()
+    from .demo import format_demo, run_demo
+
+    result = run_demo(codebook, max_new_tokens=max_new_tokens, say=_say)
+    typer.echo(format_demo(result, as_json))
+
+
+@app.command()
+def generate(
+    model: Model,
+    codebook: Codebook,
+    prompt: Annotated[str | None, typer.Option(help="What to continue or answer.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a UTF-8 file ('-' is stdin).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 128,
+    chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.0,
+    settings: Settings = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write text with a quantized cache, and say what the cache took."""
+    _quiet()
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give either --prompt TEXT or --prompt-file FILE")
+    if prompt is None:
+        prompt = sys.stdin.read() if str(prompt_file) == "-" else Path(str(prompt_file)).read_text(encoding="utf-8")
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    loaded, tokenizer = _load_model(model, device, dtype)
+    from .cache.cache import AnTKVCache
+
+    cache = AnTKVCache.from_pretrained(_codebook_place(codebook), model=loaded, **_changes(settings))
+    if chat and getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    out = loaded.generate(
+        **inputs.to(loaded.device), past_key_values=cache, max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **sampling,
+    )  # fmt: skip
+    answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    if as_json:
+        typer.echo(json.dumps({"text": answer, "footprint": cache.memory_footprint().to_dict()}, indent=2))
+        return
+    typer.echo(answer)
+    _say(f"\n{cache.memory_footprint()}")
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    texts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TEXT...",
+            help="Files, folders or Hub data sets (owner/name:config:split:column); =share sets weights.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; with several --bits, its parent.")],
+    bits: Annotated[
+        list[str] | None, typer.Option(help="Bits per element: 4, 2, 1.25, 1, 0.75, 0.5, 0.375. Repeat it for several.")
+    ] = None,
+    key_bits: Annotated[str | None, typer.Option(help="Other bits (or a spec such as d16b8s2) for keys.")] = None,
+    value_bits: Annotated[str | None, typer.Option(help="Other bits (or a spec) for values.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of text to learn from.")] = 262144,
+    window: Annotated[int, typer.Option(help="Tokens that the model sees at a time.")] = 2048,
+    samples: Annotated[int, typer.Option(help="Tokens kept to fit the tables to.")] = 131072,
+    seed: Annotated[int, typer.Option(help="Decides which text and tokens are taken.")] = 0,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Keeps statistics: a stopped run goes on, other bits reuse them.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the model, for the card.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the codebook, for the card, e.g. apache-2.0.")] = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Learn the codebook of a model from text. Mix the kinds of text that you will use it for.
+
+    Example: antkv calibrate smollm2 wiki.txt=0.5 code/=0.5 --bits 1 -o codebooks/smollm2-1bit
+    """
+    _quiet()
+    import tempfile
+
+    from .calibration import calibrate as learn
+    from .config import AnTKVConfig
+    from .demo_model import REPO, WORD
+    from .evaluation import save_codebook
+    from .texts import TextMix
+
+    wanted = bits or ["1"]
+    configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings) for b in wanted]
+    mix = TextMix.from_sources(texts)
+    loaded, tokenizer = _load_model(model, device, dtype)
+    with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch:
+        for b, config in zip(wanted, configs, strict=True):
+            folder = output if len(wanted) == 1 else output / f"{b.removesuffix('bit')}bit"
+            codebook = learn(
+                loaded, tokenizer, mix, config, tokens=tokens, window=window, seed=seed, samples=samples,
+                work_dir=work_dir or scratch, base_model=base_model or (REPO if model == WORD else None),
+                license=license,
+            )  # fmt: skip
+            save_codebook(codebook, folder)
+            typer.echo(f"wrote {folder} ({codebook.tables_bytes() / 1e6:.1f} MB of tables)")
+            _say(f"next: antkv evaluate {model} {folder} --text FILE --save")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    codebook: Annotated[
+        str | None,
+        typer.Argument(metavar="[CODEBOOK]", help="Folder or Hub id of a codebook; without it: FP and baselines."),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text file, folder or data set; repeat for several.")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 12,
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    last: Annotated[int | None, typer.Option(help="Count only the last N tokens of each window.")] = None,
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="FP, W0, S128 (any window: S64) or cache; repeat. Default: all four.")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="transformers' own caches: quanto-int4, hqq-int2, ...; repeat."),
+    ] = None,
+    settings: Settings = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 1,
+    save: Annotated[bool, typer.Option("--save", help="Write the rows into the codebook's folder and card.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity and real bits per element, under stated protocols.
+
+    FP: plain forward. W0: every key and value through the codec. S128: streaming, the last 128 keys exact.
+    cache: the real cache, filled and read back 128 tokens at a time.
+    """
+    _quiet()
+    if not text:
+        raise ValueError("give at least one text to measure on: --text FILE")
+    if save and (codebook is None or not Path(codebook).is_dir()):
+        raise ValueError("--save needs CODEBOOK to be a local folder")
+    if save and settings:
+        raise ValueError("--save records the codebook's own settings; leave --set out")
+    from .codebook import AnTKVCodebook
+    from .evaluation import evaluate as measure
+    from .evaluation import format_rows, save_codebook, with_rows
+    from .texts import load_texts
+
+    book = None if codebook is None else AnTKVCodebook.from_pretrained(_codebook_place(codebook))
+    config = None if book is None else _changed(book.config, settings)
+    sources = {Path(source).name or source: load_texts(source) for source in text}
+    loaded, tokenizer = _load_model(model, device, dtype)
+    rows = []
+    for name, texts in sources.items():
+        rows += measure(
+            loaded, tokenizer, texts, book, config, protocols=protocol, window=window, windows=windows, last=last,
+            baselines=baseline or (), text_name=name, batch_size=batch, progress=_Bar(),
+        )  # fmt: skip
+    typer.echo(format_rows(rows, "json" if as_json else "markdown" if markdown else "text"))
+    if save:
+        assert book is not None and codebook is not None
+        save_codebook(with_rows(book, rows), codebook)
+        _say(f"saved {len(rows)} rows in {codebook}")
+
+
+@app.command()
+def inspect(
+    codebook: Annotated[
+        str | None, typer.Argument(metavar="[CODEBOOK]", help="Folder or Hub id of a codebook.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder or Hub id of a model: does it fit, or what could it have?")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a codebook is, whether it fits a model, or what a model could have."""
+    _quiet()
+    from .evaluation.inspection import format_inspection, inspect_codebook, inspect_model
+
+    if codebook is None and model is None:
+        raise ValueError("give a CODEBOOK, or --model MODEL")
+    found = inspect_model(model) if codebook is None else inspect_codebook(_codebook_place(codebook), model)  # type: ignore[arg-type]
+    typer.echo(json.dumps(found, indent=2) if as_json else format_inspection(found))
+
+
+# -------------------------------------------------------------------- helpers
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _quiet() -> None:
+    """Short warnings, and no progress bars of transformers while it loads weights."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.showwarning = lambda message, *args, **kwargs: _say(f"antkv: warning: {message}")
+
+
+def _codebook_place(name: str) -> str:
+    from .demo import find_codebook
+
+    return find_codebook(name)
+
+
+def _load_model(name: str, device: str, dtype: str):
+    """Model in evaluation mode and tokenizer; `name` is a folder, a Hub id or the word smollm2."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .demo_model import WORD, load_demo_model
+
+    cuda = torch.cuda.is_available()
+    where = torch.device(("cuda" if cuda else "cpu") if device == "auto" else _checked_device(device))
+    if where.type == "cuda" and not cuda:
+        raise ValueError(f"--device {device}: this PyTorch sees no GPU; use --device cpu")
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto" and dtype not in kinds:
+        raise ValueError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(kinds)}")
+    kind: Any = kinds.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    if name == WORD:
+        model, tokenizer, place = load_demo_model()
+        _say(f"model: {place}")
+        return model.to(where, dtype=torch.bfloat16 if kind == "auto" else kind), tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval().to(where), tokenizer
+
+
+def _checked_device(name: str) -> str:
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is unknown; choose auto, cpu, cuda or cuda:<number>")
+    return name
+
+
+def _changes(settings: list[str] | None) -> dict[str, Any]:
+    """``["window=64", "anchor_score=none"]`` -> ``{"window": 64, "anchor_score": "none"}``, names checked."""
+    from .config import AnchorConfig, AnTKVConfig
+
+    fields = {f.name: f for f in dataclasses.fields(AnTKVConfig) if f.name not in ("key", "value", "anchors")}
+    fields |= {f"anchor_{f.name}": f for f in dataclasses.fields(AnchorConfig)}
+    changes: dict[str, Any] = {}
+    for setting in settings or []:
+        name, equals, text = setting.partition("=")
+        if not equals or name not in fields:
+            raise ValueError(f"--set {setting!r}: write FIELD=VALUE with a field of {', '.join(fields)}")
+        try:
+            changes[name] = json.loads(text)
+        except ValueError:
+            changes[name] = text
+        if name == "skip_layers":
+            changes[name] = tuple(changes[name] if isinstance(changes[name], list) else [changes[name]])
+        elif isinstance(fields[name].default, (int, float)) and not isinstance(changes[name], (int, float)):
+            raise ValueError(f"--set {setting!r}: {name} is a number")
+    return changes
+
+
+def _changed(config: AnTKVConfig, settings: list[str] | None) -> AnTKVConfig:
+    return config.replace(**_changes(settings))
+
+
+class _Bar:
+    """Progress of `evaluate` on stderr: one bar a row."""
+
+    def __init__(self) -> None:
+        self.name, self.bar = "", None  # type: str, Any
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        from tqdm.auto import tqdm
+
+        if self.bar is None or name != self.name:
+            self.name, self.bar = name, tqdm(total=total, desc=name, unit="window")
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self.bar.close()
+            self.bar = None
+
+
+def main() -> None:
+    """Entry point of the ``antkv`` command."""
+    app()

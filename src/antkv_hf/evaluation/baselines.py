@@ -1,0 +1,69 @@
+"""Transformers' own quantized caches, measured by the same ruler."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, QuantizedCache
+from transformers.cache_utils import Cache
+
+
+def quantized_cache(name: str, model_config: PreTrainedConfig) -> Callable[[], Cache]:
+    """A factory of ``transformers.QuantizedCache``s (its defaults: group size 64, residual length 128).
+
+    Args:
+        name: ``<backend>-int<bits>``, e.g. ``quanto-int4``, ``quanto-int2``, ``hqq-int4``.
+
+    Raises:
+        ValueError: for a name of another form, or bits that the backend does not have.
+        ImportError: if the backend is not installed.
+    """
+    match = re.fullmatch(r"(quanto|hqq)-int(\d)", name)
+    if not match:
+        raise ValueError(f"baseline {name!r} is unknown; write quanto-int4, quanto-int2, hqq-int4 or hqq-int2")
+    backend, bits = match[1], int(match[2])
+    axis = 0 if backend == "quanto" else 1  # of the two axes that each takes, the one that works at 4 bits
+
+    def make() -> Cache:
+        try:
+            return QuantizedCache(backend, model_config, nbits=bits, axis_key=axis, axis_value=axis)
+        except ImportError as error:
+            raise ImportError(
+                f"baseline {name} needs {'optimum-quanto' if backend == 'quanto' else 'hqq'}, which is not installed: "
+                "pip install 'antkv-hf[evaluate]'"
+            ) from error
+
+    make()
+    return make
+
+
+def cache_bits(cache: Cache) -> tuple[float, float]:
+    """Bits an element of the quantized tokens, and of all tokens, in a filled `QuantizedCache`; scales count too."""
+    quantized_bytes = quantized_elements = exact_bytes = exact_elements = 0
+    for layer in cache.layers:
+        held: Any = layer
+        quantized_bytes += tensor_bytes((held._quantized_keys, held._quantized_values))
+        exact_bytes += tensor_bytes((held.keys, held.values))
+        exact_elements += held.keys.numel() + held.values.numel()
+        for stored in (held._quantized_keys, held._quantized_values):
+            shape = stored[1]["shape"] if isinstance(stored, tuple) else stored.shape
+            quantized_elements += int(torch.Size(shape).numel())
+    bits = 8 * quantized_bytes / max(quantized_elements, 1)
+    return bits, 8 * (quantized_bytes + exact_bytes) / max(quantized_elements + exact_elements, 1)
+
+
+def tensor_bytes(held: Any) -> int:
+    """Bytes of all tensors in `held`: nested tuples and dicts, and tensor subclasses that wrap other tensors."""
+    if isinstance(held, torch.Tensor):
+        if type(held) is not torch.Tensor and hasattr(held, "__tensor_flatten__"):
+            names, _ = held.__tensor_flatten__()
+            return sum(tensor_bytes(getattr(held, name)) for name in names)
+        return held.numel() * held.element_size()
+    if isinstance(held, dict):
+        return sum(tensor_bytes(value) for value in held.values())
+    if isinstance(held, (tuple, list)):
+        return sum(tensor_bytes(value) for value in held)
+    return 0

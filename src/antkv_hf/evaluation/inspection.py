@@ -1,0 +1,153 @@
+"""What a codebook is, whether it fits a model, and what a model could have; reads no weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ..attention.backends import select_backend
+from ..cache.cache import AnTKVCache
+from ..codebook import AnTKVCodebook, describe_model
+from ..config import BITS_TO_SPEC, AnTKVConfig, VQSpec
+
+
+def inspect_codebook(place: str, model: str | None = None) -> dict[str, Any]:
+    """A codebook (folder or Hub repo) as JSON-ready facts; `model` says whether it fits that model's config.
+
+    Raises:
+        FileNotFoundError, ValueError: as `AnTKVCodebook.from_pretrained`; ValueError also if it does not fit.
+    """
+    codebook = AnTKVCodebook.from_pretrained(place)
+    config, facts = codebook.config, codebook.model
+    assert config.key is not None and config.value is not None
+    cache = AnTKVCache(model_config(model) if model is not None else codebook.model_config(), codebook=codebook)
+    return {
+        "codebook": place,
+        "fits": model,
+        "model": {k: v for k, v in facts.items() if k != "text_config"},
+        "layers": sorted(codebook.tables),
+        "quantized_layers": len(cache.quantized_layers),
+        "config": config.to_dict(),
+        "bits": {
+            "keys": config.key.bits_per_element,
+            "values": config.value.bits_per_element,
+            "with_anchors": round(_bits_with_anchors(config, facts), 3),
+        },
+        "table_bytes": codebook.tables_bytes(),
+        "backends": _backends(config.backend),
+        "calibration": codebook.calibration,
+        "evaluation": codebook.evaluation,
+    }
+
+
+def inspect_model(name: str) -> dict[str, Any]:
+    """What a model's cache looks like, and the presets it could have; reads only the model's config."""
+    text = model_config(name).get_text_config(decoder=True)
+    facts = describe_model(text, name)
+    probe = AnTKVCache(text, AnTKVConfig.preset("identity"))  # says which layers are full attention, or why none is
+    layers = len(probe.quantized_layers)
+    elements = layers * facts["kv_heads"] * (facts["head_dim"] + facts["value_dim"])  # of a token
+    presets = []
+    for bits, spec in BITS_TO_SPEC.items():
+        row: dict[str, Any] = {"bits": float(bits), "spec": str(spec)}
+        try:
+            row["table_bytes"] = (
+                layers * facts["kv_heads"] * sum(_table_bytes(spec, facts[name]) for name in ("head_dim", "value_dim"))
+            )
+            row["bytes_per_token"] = round(elements * _bits_with_anchors(AnTKVConfig(spec, spec), facts) / 8, 1)
+        except ValueError as error:
+            row["error"] = str(error)
+        presets.append(row)
+    return {
+        "model": {k: v for k, v in facts.items() if k != "text_config"},
+        "quantized_layers": layers,
+        "bytes_per_token_16_bit": 2 * elements,
+        "presets": presets,
+    }
+
+
+def model_config(name: str):
+    """The transformers config of a folder, Hub id or the word smollm2."""
+    from ..demo_model import WORD, load_demo_model
+
+    return load_demo_model()[0].config if name == WORD else AutoConfig.from_pretrained(name)
+
+
+def format_inspection(found: dict[str, Any]) -> str:
+    """The result of either function for people."""
+    model = found["model"]
+    heads = f"{model['kv_heads']} kv heads of size {model['head_dim']}"
+    shape = f"{found['quantized_layers']} of {model['num_hidden_layers']} layers, {heads}"
+    if "presets" in found:
+        lines = [
+            f"{model['base_model']} ({model['model_type']}): {shape}",
+            f"a 16-bit cache takes {found['bytes_per_token_16_bit']:,} bytes a token; antkv calibrate can make it:",
+            "",
+            f"{'--bits':>8}  {'spec':<10}{'bytes a token':>14}{'smaller':>9}{'tables':>12}",
+        ]
+        for row in found["presets"]:
+            if "error" in row:
+                lines.append(f"{row['bits']:>8g}  {row['spec']:<10}{row['error']}")
+                continue
+            smaller = found["bytes_per_token_16_bit"] / row["bytes_per_token"]
+            size, tables = f"{row['bytes_per_token']:,.0f}", f"{row['table_bytes'] / 1e6:.1f} MB"
+            lines.append(f"{row['bits']:>8g}  {row['spec']:<10}{size:>14}{smaller:>8.1f}x{tables:>12}")
+        note = "Bytes count codes, 2% int8 anchors and their positions; the exact window comes on top."
+        return "\n".join([*lines, "", note])
+    config, bits = found["config"], found["bits"]
+    anchors = config["anchors"]
+    form = "before RoPE" if config["rope"] == "pre" else "as they come"
+    lines = [
+        f"Codebook of {model['base_model']} ({model['model_type']}): {shape}",
+        *([f"  fits        {found['fits']}"] if found["fits"] else []),
+        f"  keys        {config['key']}, {bits['keys']:g} bits; coded {form}",
+        f"  values      {config['value']}, {bits['values']:g} bits",
+        f"  anchors     {anchors['fraction']:.1%} {anchors['dtype']} by {anchors['score']}, {anchors['sinks']} sinks",
+        f"  in all      about {bits['with_anchors']:g} bits an element, past the exact window of {config['window']}",
+        f"  tables      {found['table_bytes'] / 1e6:.1f} MB",
+        "  backend     " + ", ".join(f"{device}: {name}" for device, name in found["backends"].items()),
+    ]
+    if config["skip_layers"]:
+        lines.append(f"  skipped     layers {', '.join(map(str, config['skip_layers']))}")
+    lines.append("calibration" if found["calibration"] else "calibration: not recorded")
+    lines += [f"  {name:<12}{_plain(value)}" for name, value in found["calibration"].items()]
+    lines.append("evaluation" if found["evaluation"] else "evaluation: none yet; run antkv evaluate ... --save")
+    for row in found["evaluation"]:
+        lines.append("  " + ", ".join(f"{k} {v}" for k, v in row.items() if v is not None))
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _backends(requested: str) -> dict[str, str]:
+    """The backend each kind of device would get, or why it would get none."""
+    chosen = {}
+    for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        try:
+            chosen[kind] = select_backend(requested, torch.device(kind))
+        except ValueError as error:
+            chosen[kind] = str(error)
+    return chosen
+
+
+def _bits_with_anchors(config: AnTKVConfig, facts: dict[str, Any]) -> float:
+    """Expected bits an element: codes, and anchors with scales and positions (sinks are a constant, left out)."""
+    from ..anchors import anchors_per_chunk
+
+    key, value = facts["head_dim"], facts["value_dim"]
+    assert config.key is not None and config.value is not None
+    codes = config.key.bytes_per_vector(key) + config.value.bytes_per_vector(value)
+    anchor = (key + value + 4 if config.anchors.dtype == "int8" else 2 * (key + value)) + 4
+    share = anchors_per_chunk(config.anchors.fraction, config.chunk) / config.chunk if config.anchors.enabled else 0.0
+    return 8 * (codes + share * anchor) / (key + value)
+
+
+def _table_bytes(spec: VQSpec, head_dim: int) -> int:
+    """float16 centroids of one kv head."""
+    return 2 * spec.groups(head_dim) * spec.stages * spec.centroids * spec.sub_dim

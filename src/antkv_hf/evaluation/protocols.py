@@ -1,0 +1,319 @@
+"""One-shot evaluation protocols: attention over what the codes stand for, with errors that run from layer to layer.
+
+A plain one-shot forward hides all error of a cache (attention sees the exact chunk), so quality is measured by one of
+
+- **W0**: every key and value goes through the codec, a token's own included. Anchors are chosen with the whole window
+  in view; they and the sinks are read back as stored. The harshest protocol, and the one that papers report.
+- **S<n>** (S128 by default): causal streaming, what a user gets. The last n keys of each query are exact; older ones
+  are codes, anchors or sinks. A token of a chunk is scored only by queries that come before the chunk leaves the
+  window, and the best of each chunk become anchors.
+
+Both are one attention function registered with transformers as "antkv_evaluation", for forwards with use_cache=False
+and no padding. It uses the library's own codecs, storage of exact tokens and scores. A real cache read back chunk by
+chunk (protocol "cache" in `perplexity`) is slower and a little better than S<n>: its window breathes between n and
+n + chunk tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ..anchors import AnchorScore, TokenContext, get_score, select_anchors
+from ..attention.exact import exact_attention
+from ..cache.cache import AnTKVCache
+from ..cache.interface import antkv_attention_forward
+from ..cache.layer import AnTKVLayer, LayerPlan
+from ..codebook import AnTKVCodebook
+from ..codecs import IdentityCodec, LayerCodec
+from ..config import AnTKVConfig
+from ..reference.attention import Visibility, grouped, logits_of
+from ..reference.attention import attention as reference_attention
+from ..reference.scores import column_statistic
+from ..storage import ENCODE_BLOCK, ExactTokens, Snapshot
+
+NAME = "antkv_evaluation"
+ROWS = 512  # queries answered at a time: bounds the workspace to q_heads * ROWS * (window of the text) floats
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a perplexity is measured; `name` is stated with every number.
+
+    Args:
+        name: ``FP`` (plain forward), ``W0``, ``S<n>`` or ``cache``.
+        window: most recent keys that stay exact in a one-shot forward; 0 for W0, None for FP and cache.
+    """
+
+    name: str
+    window: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Protocol:
+        """Reads a protocol's name; raises ValueError listing the names there are."""
+        name = text.strip()
+        if name.upper() == "FP":
+            return cls("FP")
+        if name.lower() == "cache":
+            return cls("cache")
+        if name.upper() == "W0":
+            return cls("W0", 0)
+        if match := re.fullmatch(r"[sS](\d+)", name):
+            if int(match[1]) < 1:
+                raise ValueError("protocol S0 has no window, so its tokens could not be scored; use W0")
+            return cls(f"S{int(match[1])}", int(match[1]))
+        raise ValueError(f"protocol {text!r} is unknown; choose FP, W0, S<window> such as S128, or cache")
+
+    @property
+    def one_shot(self) -> bool:
+        """True for the protocols that this module's attention answers."""
+        return self.window is not None
+
+
+class ProtocolEvaluator:
+    """Gives a model the attention of a one-shot protocol for as long as `active` is entered.
+
+    Args:
+        model: any loaded causal language model that `AnTKVCache` accepts.
+        config, codebook: as for `AnTKVCache`; the same layers are quantized by the same codecs.
+        protocol: W0 or S<n>.
+
+    Raises:
+        ValueError: as `AnTKVCache`, or for a protocol that is not a one-shot one.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, protocol: Protocol, config: AnTKVConfig | None, codebook: AnTKVCodebook | None
+    ):
+        if protocol.window is None:
+            raise ValueError(f"protocol {protocol.name} is no one-shot protocol; use W0 or S<window>")
+        cache = AnTKVCache(model.config, config, codebook)
+        self.model, self.protocol, self.config = model, protocol, cache.antkv_config
+        self.plans: dict[int, LayerPlan] = {
+            i: layer.plan for i, layer in enumerate(cache.layers) if isinstance(layer, AnTKVLayer)
+        }
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """While entered, the model's forwards (with ``use_cache=False``) follow the protocol."""
+        before = self.model.config._attn_implementation
+        token = _ACTIVE.set(self)
+        self.model.set_attn_implementation(NAME)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+            _ACTIVE.reset(token)
+
+    @torch.no_grad()
+    def attend(self, layer: int, query, keys, values, scale: float, softcap=None, sink_logit=None) -> torch.Tensor:
+        """Causal attention of a layer: query ``(batch, q_heads, n, dim)`` -> ``(batch, q_heads, n, value_dim)``."""
+        plan, window = self.plans[layer], self.protocol.window
+        assert window is not None
+        codec = plan.codec(keys.device, keys.shape[1], keys.shape[3], values.shape[3])
+        with torch.autocast(query.device.type, enabled=False):
+            read_keys, read_values = read_back(
+                codec, self.config, window, query, keys, values, scale, softcap, sink_logit
+            )
+            out = windowed_attention(query, keys, values, read_keys, read_values, window, scale, softcap, sink_logit)
+        return out.to(query.dtype)
+
+
+_ACTIVE: contextvars.ContextVar[ProtocolEvaluator] = contextvars.ContextVar("antkv_evaluation")
+
+
+def evaluation_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of transformers' interface; layers that a cache leaves unquantized are answered exactly."""
+    evaluator = _ACTIVE.get(None)
+    if evaluator is None:
+        raise RuntimeError(f'attn_implementation "{NAME}" only works inside ProtocolEvaluator.active()')
+    layer = getattr(module, "layer_idx", None)
+    if layer not in evaluator.plans:
+        return antkv_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, s_aux=s_aux, **kwargs
+        )
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries meet {key.shape[2]} keys: W0 and S<n> are one-shot protocols, call the model "
+            "with use_cache=False (to measure through a cache, use the protocol 'cache')"
+        )
+    _check_causal(attention_mask, query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = evaluator.attend(layer, query, key, value, scale, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, evaluation_attention_forward)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def read_back(codec: LayerCodec, config: AnTKVConfig, window: int, query, keys, values, scale, softcap, sink_logit):
+    """Keys (after RoPE) and values ``(batch, kv_heads, n, dim)`` float32 as a cache gives them back once coded."""
+    n, device = keys.shape[2], keys.device
+    offset = torch.zeros(keys.shape[0], dtype=torch.int64, device=device)
+    positions = torch.arange(n, device=device).expand(keys.shape[0], n)
+    key_codes, value_codes, key_error, value_error = [], [], [], []
+    for start in range(0, n, ENCODE_BLOCK):
+        part = slice(start, min(start + ENCODE_BLOCK, n))
+        plain = codec.plain_keys(keys[:, :, part], positions[:, part])
+        key_codes.append(codec.key.encode(plain))
+        value_codes.append(codec.value.encode(values[:, :, part]))
+        key_error.append((codec.key.decode(key_codes[-1]) - plain).float().square().sum(-1))
+        value_error.append((codec.value.decode(value_codes[-1]) - values[:, :, part]).float().square().sum(-1))
+    exact: list[ExactTokens] = []
+    sinks = min(config.anchors.sinks, n)
+    if sinks:
+        first = torch.arange(sinks, device=device).expand(*keys.shape[:2], sinks)
+        half = torch.float16 if keys.dtype == torch.float32 else keys.dtype  # as LayerStorage keeps them
+        exact.append(_store(first, keys, values, half, codec, offset))
+    score = get_score(config.anchors.score)
+    if config.anchors.enabled and score is not None:
+        scaling = 1.0 if codec.rotary is None else codec.rotary.scaling
+        errors = (torch.cat(key_error, 2) * scaling**2, torch.cat(value_error, 2))
+        index = choose_anchors(score, config, window, query, keys, values, errors, scale, softcap, sink_logit)
+        dtype = torch.int8 if config.anchors.dtype == "int8" else torch.float16
+        exact.append(_store(index, keys, values, dtype, codec, offset))
+    empty = keys[:, :, :0].float(), values[:, :, :0].float()
+    return Snapshot(codec, torch.cat(key_codes, 2), torch.cat(value_codes, 2), tuple(exact), *empty, offset).dense()
+
+
+def choose_anchors(
+    score: AnchorScore, config: AnTKVConfig, window: int, query, keys, values, errors, scale, softcap, sink_logit
+) -> torch.Tensor:
+    """Positions of the anchors ``(batch, kv_heads, m)`` int64, -1 for an empty slot.
+
+    With window 0 (W0) the whole text is one chunk that all queries score. Otherwise chunk c is scored by queries up to
+    ``(c + 1) * chunk + window - 1``, those that a streaming cache has seen when it encodes the chunk. Sinks are never
+    anchors.
+    """
+    n, kv_heads, device = keys.shape[2], keys.shape[1], keys.device
+    chunk = config.chunk if window else n
+    first = torch.arange(0, n, chunk, device=device)
+    last_query = (first + chunk + window - 1).clamp_max(n - 1)  # (chunks,)
+    q = grouped(query, kv_heads)
+    statistic = None
+    if score.term is not None:
+        out, lse = exact_with_lse(query, keys, values, scale, softcap, sink_logit)
+        limit = None if not window else last_query.repeat_interleave(chunk)[:n]
+        view = Visibility(None, n > 1, n, n)
+        statistic = column_statistic(
+            score.term, q, keys, values, out, lse, view, 0, scale, softcap, last_query=limit
+        )  # fmt: skip
+    moment = (q.square().sum(-1) * (scale**2 / q.shape[-1])).mean(2).cumsum(-1)  # (batch, kv_heads, n)
+    variance = moment[..., last_query] / (last_query + 1)  # mean over the queries seen, (batch, kv_heads, chunks)
+    scores = []
+    for c, start in enumerate(range(0, n, chunk)):
+        part = slice(start, min(start + chunk, n))
+        context = TokenContext(
+            statistic=None if statistic is None else statistic[:, :, part],
+            keys=keys[:, :, part],
+            values=values[:, :, part],
+            key_error=errors[0][:, :, part],
+            value_error=errors[1][:, :, part],
+            logit_variance=variance[:, :, c : c + 1],
+            positions=torch.arange(part.start, part.stop, device=device).expand(keys.shape[0], -1),
+        )
+        scores.append(score.score(context))
+    padded = torch.nn.functional.pad(torch.cat(scores, 2), (0, -n % chunk), value=float("-inf"))
+    padded[:, :, : config.anchors.sinks] = float("-inf")
+    index = select_anchors(padded, config.anchors.fraction, chunk)
+    return index.masked_fill(padded.gather(2, index) == float("-inf"), -1)
+
+
+def exact_with_lse(query, keys, values, scale, softcap=None, sink_logit=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact causal attention ``(batch, kv_heads, group, n, value_dim)`` and its log-sum-exp ``(..., n)``."""
+    n = query.shape[2]
+    codec = LayerCodec(IdentityCodec(), IdentityCodec())
+    offset = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
+
+    def past(stop: int) -> Snapshot:
+        return Snapshot(codec, None, None, (), keys[:, :, :stop], values[:, :, :stop], offset)
+
+    if softcap is None and sink_logit is None:
+        answer = exact_attention(past(n), query, Visibility(None, n > 1, n, n), scale)
+        if answer is not None:
+            return answer
+    blocks = []
+    for start in range(0, n, ROWS):
+        stop = min(start + ROWS, n)
+        view = Visibility(None, stop - start > 1, stop - start, stop)
+        blocks.append(reference_attention(past(stop), query[:, :, start:stop], view, scale, softcap, sink_logit))
+    outs, lses = zip(*blocks)
+    return torch.cat(outs, 3), torch.cat(lses, 3)
+
+
+def windowed_attention(
+    query, keys, values, read_keys, read_values, window: int, scale: float, softcap=None, sink_logit=None
+) -> torch.Tensor:
+    """Causal attention with exact keys for ``i - j < window`` and read-back ones for older tokens.
+
+    Returns:
+        float32 ``(batch, q_heads, n, value_dim)``.
+    """
+    batch, kv_heads, n, _ = keys.shape
+    q_all, device = grouped(query, kv_heads), keys.device
+    out = torch.empty(*q_all.shape[:-1], values.shape[-1], device=device)
+    for start in range(0, n, ROWS):
+        stop = min(start + ROWS, n)
+        q, row = q_all[:, :, :, start:stop], torch.arange(start, stop, device=device).unsqueeze(1)
+        parts = []
+        old = slice(0, max(stop - window, 0))
+        if old.stop:
+            hidden = torch.arange(old.stop, device=device) > row - window
+            parts.append((old, read_keys, read_values, hidden))
+        recent = slice(max(start - window + 1, 0), stop)
+        if window:
+            column = torch.arange(recent.start, stop, device=device)
+            parts.append((recent, keys, values, (column > row) | (column <= row - window)))
+        logits = [
+            logits_of(q, k[:, :, columns], scale, softcap).masked_fill_(hidden, float("-inf"))
+            for columns, k, _, hidden in parts
+        ]
+        if sink_logit is not None:  # takes part in the denominator only
+            sink = sink_logit.float().view(1, kv_heads, -1, 1, 1)
+            logits.append(sink.expand(*q.shape[:-1], 1))
+        probs = torch.cat(logits, -1).softmax(-1)
+        first = 0
+        total = torch.zeros((), device=device)
+        for cols, _, v, _ in parts:
+            width = cols.stop - cols.start
+            weights = probs[..., first : first + width].flatten(2, 3)
+            total = total + weights @ v[:, :, cols].float()
+            first += width
+        out[:, :, :, start:stop] = total.view(batch, kv_heads, -1, stop - start, values.shape[-1])
+    return out.flatten(1, 2)
+
+
+def _store(index, keys, values, dtype, codec: LayerCodec, offset) -> ExactTokens:
+    """Exact tokens at `index` ``(batch, kv_heads, m)`` (-1: empty) of all keys and values, as a cache stores them."""
+    slots = index.clamp_min(0).unsqueeze(-1)
+    kept_keys, kept_values = (t.gather(2, slots.expand(*index.shape, t.shape[-1])) for t in (keys, values))
+    return ExactTokens.store(index, kept_keys, kept_values, dtype, codec, offset)
+
+
+def _check_causal(mask: torch.Tensor | None, n: int) -> None:
+    """Raises ValueError for a mask that is not plainly causal (padding, several texts in one row)."""
+    if mask is None:
+        return
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril_()
+    if not (visible[..., :n] == causal).all():
+        raise ValueError("evaluation needs windows of one length without padding; cut the text with token_windows")

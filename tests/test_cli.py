@@ -1,0 +1,183 @@
+"""The command line, through the same entry points a shell uses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import random_codebook
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from antkv_hf import AnTKVCodebook, AnTKVConfig, __version__
+from antkv_hf.cli import app
+
+TEXT = "The keeper cleans the lens on Monday, with warm water and vinegar. The cat sleeps in the boat house. "
+CHAT = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable character: 98 ids, fits the tiny models' vocabulary of 128."""
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(i): i - 29 for i in range(32, 127)}}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT
+    )
+
+
+@pytest.fixture(scope="module")
+def place(llama, tmp_path_factory):
+    """A folder with a model, a codebook of it and a text."""
+    folder = tmp_path_factory.mktemp("cli")
+    llama.save_pretrained(folder / "model")
+    character_tokenizer().save_pretrained(folder / "model")
+    random_codebook(llama, AnTKVConfig.preset("1bit", window=32, chunk=16)).save_pretrained(folder / "book")
+    (folder / "text.txt").write_text(TEXT * 40, encoding="utf-8")
+    return folder
+
+
+def antkv(*arguments, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.stderr, result.exception)
+    return result
+
+
+def error_of(*arguments) -> str:
+    """The one line that a command fails with."""
+    result = antkv(*arguments, code=1)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("antkv: error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output
+    return lines[0]
+
+
+def test_help_and_version():
+    text = antkv("--help").output
+    assert all(command in text for command in ("demo", "generate", "calibrate", "evaluate", "inspect"))
+    for command in ("demo", "generate", "calibrate", "evaluate", "inspect"):
+        assert "--help" in antkv(command, "--help").output
+    assert antkv("--version").output.strip() == __version__
+
+
+def test_generate(place):
+    arguments = (
+        "generate",
+        place / "model",
+        place / "book",
+        "--prompt",
+        TEXT,
+        "--max-new-tokens",
+        8,
+        "--device",
+        "cpu",
+    )
+    spoken = antkv(*arguments)
+    assert "bits per coded element" in spoken.stderr
+    found = json.loads(antkv(*arguments, "--json").stdout)
+    assert found["text"] == spoken.stdout.rstrip("\n") and found["footprint"]["codes"] > 0
+    fewer = json.loads(antkv(*arguments, "--json", "--set", "window=64", "--set", "anchor_score=none").stdout)[
+        "footprint"
+    ]
+    assert fewer["coded_tokens"] < found["footprint"]["coded_tokens"] and fewer["anchors"] == 0
+    (place / "prompt.txt").write_text(TEXT, encoding="utf-8")
+    from_file = antkv(*arguments[:3], "--prompt-file", place / "prompt.txt", *arguments[5:])
+    assert from_file.stdout == spoken.stdout
+
+
+def test_evaluate_and_save(place):
+    common = ("--text", place / "text.txt", "--windows", 2, "--window", 200, "--device", "cpu")
+    plain = json.loads(antkv("evaluate", place / "model", *common, "--json").stdout)
+    assert [row["protocol"] for row in plain] == ["FP"]
+    arguments = (
+        "evaluate",
+        place / "model",
+        place / "book",
+        *common,
+        "--protocol",
+        "FP",
+        "--protocol",
+        "S32",
+        "--last",
+        50,
+    )
+    rows = json.loads(antkv(*arguments, "--json").stdout)
+    assert [(row["protocol"], row["counted"], row["text"]) for row in rows] == [
+        ("FP", 50, "text.txt"),
+        ("S32", 50, "text.txt"),
+    ]
+    table = antkv(*arguments, "--markdown", "--save").stdout
+    assert table.startswith("| method") and "last 50" in table
+    antkv(*arguments, "--save")
+    saved = AnTKVCodebook.from_pretrained(place / "book").evaluation
+    assert [(row["protocol"], row["perplexity"]) for row in saved] == [
+        (row["protocol"], row["perplexity"]) for row in rows
+    ]
+    assert "text.txt" in (place / "book" / "README.md").read_text(encoding="utf-8")
+
+
+def test_inspect(place):
+    found = json.loads(antkv("inspect", place / "book", "--json").stdout)
+    assert found["model"]["kv_heads"] == 2 and found["bits"]["keys"] == 1.0 and found["backends"]["cpu"]
+    text = antkv("inspect", place / "book", "--model", place / "model").stdout
+    assert "keys        d8b8, 1 bits" in text and "fits" in text and "3 of 3 layers" in text
+    text = antkv("inspect", "--model", place / "model").stdout
+    assert "a 16-bit cache takes 384 bytes a token" in text and "d32b12" in text
+    assert "not a multiple of sub_dim 32" in text, "head size 16 has no 0.375-bit preset"
+
+
+def test_calibrate(place, monkeypatch):
+    import antkv_hf.calibration
+
+    seen = []
+
+    def learned(model, tokenizer, texts, config, **options):
+        seen.append((config, options))
+        return random_codebook(model, config)
+
+    monkeypatch.setattr(antkv_hf.calibration, "calibrate", learned)
+    out = place / "made"
+    antkv(
+        "calibrate", place / "model", f"{place / 'text.txt'}=0.5", "-o", out, "--bits", 1, "--bits", 2,
+        "--tokens", 4096, "--seed", 3, "--base-model", "a/b", "--license", "mit",
+        "--device", "cpu", "--set", "window=64",
+    )  # fmt: skip
+    assert [str(config.key) for config, _ in seen] == ["d8b8", "d4b8"] and seen[0][0].window == 64
+    options = seen[0][1]
+    assert (options["tokens"], options["seed"], options["base_model"], options["license"]) == (4096, 3, "a/b", "mit")
+    assert seen[0][1]["work_dir"] == seen[1][1]["work_dir"], "the second rate reuses the statistics of the first"
+    assert str(AnTKVCodebook.from_pretrained(out / "2bit").config.value) == "d4b8"
+    assert (out / "1bit" / "README.md").is_file()
+    antkv(
+        "calibrate", place / "model", place / "text.txt", "-o", out / "mixed", "--key-bits", "d8b8s2", "--device", "cpu"
+    )
+    assert (str(seen[-1][0].key), str(seen[-1][0].value)) == ("d8b8s2", "d8b8")
+
+
+def test_errors_are_one_line(place, tmp_path):
+    model, book, text = place / "model", place / "book", ("--text", place / "text.txt")
+    assert "give either --prompt" in error_of("generate", model, book)
+    assert "the prompt is empty" in error_of("generate", model, book, "--prompt", " ")
+    assert "--set 'windw=3'" in error_of("generate", model, book, "--prompt", "x", "--set", "windw=3")
+    assert "window is a number" in error_of("generate", model, book, "--prompt", "x", "--set", "window=wide")
+    assert "window=0 must be at least 1" in error_of("generate", model, book, "--prompt", "x", "--set", "window=0")
+    assert "no codebook 'nowhere'" in error_of("generate", model, "nowhere", "--prompt", "x")
+    assert "config.json is missing" in error_of("inspect", tmp_path)
+    assert "--text FILE" in error_of("evaluate", model, book)
+    assert "--save needs CODEBOOK" in error_of("evaluate", model, *text, "--save")
+    assert "windows of 4096 tokens are needed" in error_of("evaluate", model, book, *text, "--window", 4096)
+    assert "protocol 'W1' is unknown" in error_of("evaluate", model, book, *text, "--window", 64, "--protocol", "W1")
+    assert "--device 'tpu' is unknown" in error_of("evaluate", model, book, *text, "--device", "tpu")
+    assert "--dtype 'int8' is unknown" in error_of("evaluate", model, book, *text, "--dtype", "int8")
+    assert "3 bits per element do not exist" in error_of("calibrate", model, text[1], "-o", tmp_path / "x", "--bits", 3)
+    assert "no text file or folder" in error_of("calibrate", model, tmp_path / "no.txt", "-o", tmp_path / "x")
+    assert "give a CODEBOOK, or --model" in error_of("inspect")
+    if not torch.cuda.is_available():
+        assert "sees no GPU" in error_of("evaluate", model, book, *text, "--device", "cuda")
+
+
+def test_debug_keeps_the_traceback(place):
+    result = CliRunner().invoke(app, ["--debug", "generate", str(place / "model"), str(place / "book")])
+    assert isinstance(result.exception, ValueError)
