@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, MistralConfig, MistralForC
 
 from antkv_hf import AnTKVCodebook, AnTKVConfig, VQSpec, calibrate
 from antkv_hf.cache.model_rotary import model_rotary
-from antkv_hf.calibration import run
+from antkv_hf.calibration import kmeans, run
 from antkv_hf.calibration.basis import balanced_order, dense_synthesis, pair_permutation, weighted_moments
 from antkv_hf.calibration.intercept import NAME, anchor_score, frozen_for_statistics, recording
 from antkv_hf.calibration.kmeans import cell_sums, residual_kmeans, weighted_kmeans
@@ -27,6 +27,15 @@ from antkv_hf.reference.vq import gather_centroids, nearest_centroid
 from antkv_hf.rotary import Rotary
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are so small that several threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small_llama(**changes):
@@ -208,10 +217,12 @@ def test_kmeans_lowers_the_weighted_error():
     assert (errors.diff(dim=0) <= 1e-3 * errors[0]).all() and (errors[-1] < 0.8 * errors[0]).all()
 
 
-def test_kmeans_centroids_are_weighted_means():
+@pytest.mark.parametrize("sums_of", [cell_sums, kmeans._cell_sums_by_product])
+def test_kmeans_centroids_are_weighted_means(sums_of, monkeypatch):
+    monkeypatch.setattr(kmeans, "_ONE_HOT", 2 * 8 * 70)
     x, weights = noise(2, 500, 3), noise(2, 500, seed=1).exp()
     codes = torch.randint(0, 7, (2, 500))
-    sums, totals = cell_sums(x, weights, codes, 8)
+    sums, totals = sums_of(x, weights, codes, 8)
     for table in range(2):
         for k in range(8):
             inside = codes[table] == k

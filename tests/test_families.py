@@ -81,7 +81,7 @@ def test_identity_equals_dynamic_cache(family, batch):
         assert all(layer.storage.coded_length > 30 for layer in cache.layers if isinstance(layer, AnTKVLayer))
 
 
-WITH_KEY_PROJECTION = [f for f in FAMILIES if f not in ("phi3", "gpt_neox", "gpt2", "opt", "falcon", "gpt_oss", "gemma2")]
+WITH_KEY_PROJECTION = [f for f in FAMILIES if f not in ("phi3", "gpt_neox", "gpt2", "opt", "falcon")]
 
 
 @pytest.mark.parametrize("family", WITH_KEY_PROJECTION)

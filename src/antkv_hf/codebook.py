@@ -237,7 +237,7 @@ def describe_model(text_config, base_model: str | None = None) -> dict[str, Any]
     heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     kept = text_config.to_diff_dict()
-    for name in ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "quantization_config"):
+    for name in ("_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "quantization_config"):
         kept.pop(name, None)
     return {
         "base_model": base_model or text_config.name_or_path or text_config.model_type,

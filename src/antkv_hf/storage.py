@@ -84,6 +84,11 @@ class ExactTokens:
         return sum(t.numel() * t.element_size() for t in self.tensors() if t is not None)
 
 
+def sink_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what sinks of a model in `dtype` are kept: 16 bits."""
+    return torch.float16 if dtype == torch.float32 else dtype
+
+
 def _to_int8(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
     scales, rounded = [], []
     for x in (keys, values):
@@ -267,8 +272,8 @@ class LayerStorage:
             return
         local = (wanted - indices[0]).clamp(0, len(indices) - 1).unsqueeze(1).expand(-1, keys.shape[1], -1)
         index = wanted.masked_fill(~here, -1).unsqueeze(1).expand(-1, keys.shape[1], -1)
-        dtype = torch.float16 if keys.dtype == torch.float32 else keys.dtype
-        new = ExactTokens.store(index, *_gather(local, keys, values), dtype, self.codec, self.offset)
+        kept = _gather(local, keys, values)
+        new = ExactTokens.store(index, *kept, sink_dtype(keys.dtype), self.codec, self.offset)
         self.sinks = new if self.sinks is None else self.sinks.append(new)
 
     def crop(self, length: int) -> None:

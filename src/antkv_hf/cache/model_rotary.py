@@ -74,12 +74,20 @@ def _is_interleaved(module, pairs: int) -> bool:
         return getattr(module, "apply_rotary_emb", None) is not None  # Llama 4's complex form pairs neighbours
     x = torch.zeros(1, 1, 1, 2 * pairs)
     x[..., 0] = 1.0
-    cos, sin = torch.zeros(1, 1, 2 * pairs), torch.ones(1, 1, 2 * pairs)
-    try:
-        turned = apply(x, x, cos, sin)[1].flatten()
-    except (TypeError, RuntimeError):
-        turned = apply(x, cos, sin)
-        turned = turned.flatten() if isinstance(turned, torch.Tensor) else turned[0].flatten()
+    turned = None
+    for width in (2 * pairs, pairs):  # GPT-OSS takes cos and sin of one value a pair
+        cos, sin = torch.zeros(1, 1, width), torch.ones(1, 1, width)
+        for arguments in ((x, x, cos, sin), (x, cos, sin)):
+            try:
+                turned = apply(*arguments)
+                break
+            except (TypeError, RuntimeError):
+                continue
+        if turned is not None:
+            break
+    if turned is None:
+        raise ValueError(f"apply_rotary_pos_emb of {module.__name__} takes arguments of an unknown form")
+    turned = (turned if isinstance(turned, torch.Tensor) else turned[0]).flatten()
     partner = int(turned.abs().argmax())
     if partner not in (1, pairs):
         raise ValueError(f"{module.__name__} pairs channel 0 with {partner} in RoPE, not with 1 or {pairs}: unknown form")

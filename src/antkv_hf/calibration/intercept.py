@@ -42,9 +42,8 @@ class Recorder:
         self.layers = frozenset(layers)
         self.seen: dict[int, Attended] = {}
 
-    def wants(self, module: torch.nn.Module) -> bool:
+    def wants(self, layer: int | None) -> bool:
         # The first call counts: later layers that share another layer's keys (Gemma 3n) add to its gradients.
-        layer = getattr(module, "layer_idx", None)
         return layer in self.layers and layer not in self.seen
 
 
@@ -70,10 +69,11 @@ def calibration_attention_forward(
     n, length = query.shape[2], key.shape[2]
     visibility = Visibility(attention_mask, attention_mask is None and bool(causal), n, length)
     recorder = _RECORDER.get()
-    if recorder is not None and recorder.wants(module):
+    layer: int = getattr(module, "layer_idx", None)  # type: ignore[assignment]
+    if recorder is not None and recorder.wants(layer):
         key, value = _with_grad(key), _with_grad(value)
         score = anchor_score(query, key, value, visibility, scale, softcap, s_aux)
-        recorder.seen[module.layer_idx] = Attended(key, value, score)
+        recorder.seen[layer] = Attended(key, value, score)
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs

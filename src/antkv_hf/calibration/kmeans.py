@@ -76,7 +76,7 @@ def residual_kmeans(
 def cell_sums(
     x: torch.Tensor, weights: torch.Tensor, codes: torch.Tensor, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum of the vectors and sum of the weights in each cell, in an order that is always the same.
+    """Weighted sum of the vectors and sum of the weights in each cell, added in an order that is always the same.
 
     Args:
         x: ``(tables, n, d)``. weights, codes: ``(tables, n)``.
@@ -84,13 +84,18 @@ def cell_sums(
     Returns:
         ``(tables, size, d)`` and ``(tables, size)``.
     """
+    if x.device.type != "cpu":  # where index_add_ adds in an order that changes from run to run
+        return _cell_sums_by_product(x, weights, codes, size)
+    tables, _, dim = x.shape
+    cells = (codes + torch.arange(tables).unsqueeze(1) * size).flatten()
+    sums = torch.zeros(tables * size, dim).index_add_(0, cells, (x * weights.unsqueeze(-1)).flatten(0, 1))
+    totals = torch.zeros(tables * size).index_add_(0, cells, weights.flatten())
+    return sums.view(tables, size, dim), totals.view(tables, size)
+
+
+def _cell_sums_by_product(x, weights, codes, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`cell_sums` as a product with the weighted assignment matrix, in blocks."""
     tables, n, dim = x.shape
-    if x.device.type == "cpu":
-        cells = (codes + torch.arange(tables).unsqueeze(1) * size).flatten()
-        sums = torch.zeros(tables * size, dim).index_add_(0, cells, (x * weights.unsqueeze(-1)).flatten(0, 1))
-        totals = torch.zeros(tables * size).index_add_(0, cells, weights.flatten())
-        return sums.view(tables, size, dim), totals.view(tables, size)
-    # Adding with atomics would change the order from run to run: a product with the assignment matrix does not.
     sums, totals = x.new_zeros(tables, size, dim), x.new_zeros(tables, size)
     step = max(1, _ONE_HOT // (tables * size))
     for start in range(0, n, step):

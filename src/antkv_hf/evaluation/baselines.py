@@ -41,7 +41,10 @@ def quantized_cache(name: str, model_config: PreTrainedConfig) -> Callable[[], C
 
 
 def cache_bits(cache: Cache) -> tuple[float, float]:
-    """Bits an element of the quantized tokens, and of all tokens, in a filled `QuantizedCache`; scales count too."""
+    """Bits an element of the quantized tokens, and of all tokens, in a filled `QuantizedCache`.
+
+    Scales and zero points count as stored: in the model's dtype, so a float32 model pays twice for them.
+    """
     quantized_bytes = quantized_elements = exact_bytes = exact_elements = 0
     for layer in cache.layers:
         held: Any = layer

@@ -37,7 +37,7 @@ from ..config import AnTKVConfig
 from ..reference.attention import Visibility, grouped, logits_of
 from ..reference.attention import attention as reference_attention
 from ..reference.scores import column_statistic
-from ..storage import ENCODE_BLOCK, ExactTokens, Snapshot
+from ..storage import ENCODE_BLOCK, ExactTokens, Snapshot, sink_dtype
 
 NAME = "antkv_evaluation"
 ROWS = 512  # queries answered at a time: bounds the workspace to q_heads * ROWS * (window of the text) floats

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# Largest distance matrix held at once, in elements: bounds the workspace of nearest_centroid to 64 MB in float32.
-_MAX_DISTANCES = 1 << 24
+# Largest distance matrix held at once, in elements: bounds the workspace of nearest_centroid to 64 MB in float32. A
+# CPU is twice as fast when it stays in the cache.
+_MAX_DISTANCES = {"cpu": 1 << 18, "other": 1 << 24}
 
 
 def nearest_centroid(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -19,7 +20,8 @@ def nearest_centroid(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
         int64 ``(tables, n)``. The workspace stays below 64 MB whatever n is.
     """
     half_norm = 0.5 * centroids.square().sum(-1).unsqueeze(1)
-    step = max(1, _MAX_DISTANCES // (centroids.shape[0] * centroids.shape[1]))
+    limit = _MAX_DISTANCES["cpu" if x.device.type == "cpu" else "other"]
+    step = max(1, limit // (centroids.shape[0] * centroids.shape[1]))
     blocks = [
         torch.baddbmm(-half_norm, x[:, i : i + step], centroids.mT).argmax(-1) for i in range(0, x.shape[1], step)
     ]
