@@ -22,11 +22,11 @@ from antkv_hf.evaluation import (
     cache_losses,
     evaluate,
     format_rows,
-    perplexity,
     save_codebook,
     with_rows,
 )
 from antkv_hf.evaluation.baselines import quantized_cache, tensor_bytes
+from antkv_hf.evaluation.perplexity import perplexity
 from antkv_hf.evaluation.protocols import choose_anchors, read_back, windowed_attention
 
 WINDOW, CHUNK = 16, 8
@@ -346,10 +346,10 @@ def test_rows_in_a_codebook_and_its_card(book, tmp_path):
 # -------------------------------------------------------------------- the real model
 @pytest.mark.slow
 def test_streaming_protocol_predicts_the_cache(antkv_data):
-    """S128 and the real cache agree within 3%, and one bit costs less than 15% of perplexity."""
+    """S128 and the real cache agree within 3%, and one bit costs less than 10% of perplexity on common prose."""
     from antkv_hf.demo import find_codebook
     from antkv_hf.demo_model import load_demo_model
-    from antkv_hf.texts import load_texts
+    from antkv_hf.texts import load_texts, token_windows
 
     try:
         book = AnTKVCodebook.from_pretrained(find_codebook())
@@ -357,7 +357,9 @@ def test_streaming_protocol_predicts_the_cache(antkv_data):
     except (FileNotFoundError, ImportError) as error:
         pytest.skip(str(error))
     texts = load_texts(str(antkv_data / "wikitext2" / "wiki.test.raw"))
-    rows = evaluate(model, tokenizer, texts, book, protocols=("FP", "S128", "cache"), window=1024, windows=2)
+    # The first window is a list of roles that repeats its names: copying, which costs far more than prose does.
+    windows = token_windows(tokenizer, texts, 1024, 2, skip=1)
+    rows = evaluate(model, tokenizer, windows, book, protocols=("FP", "S128", "cache"))
     _, streaming, cache = rows
     assert streaming.perplexity == pytest.approx(cache.perplexity, rel=0.03)
-    assert 1.0 < streaming.ratio < 1.15
+    assert 1.0 < streaming.ratio < 1.10

@@ -74,10 +74,10 @@ was ever seen here reached the kitchen window, nine metres above the sea, in the
 radio switched on, fill the lanterns, and make tea. Most storms are over by the morning."""
 
 QUESTIONS = (
-    "What is the name of the supply boat?",
     "How must the glass of the lens be cleaned?",
     "What is the name of the cat?",
-    "Who is the warden of the reserve?",
+    "Who built the lighthouse?",
+    "What is the name of the supply boat?",
 )
 
 

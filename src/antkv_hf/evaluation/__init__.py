@@ -1,6 +1,6 @@
 """Quality of a cache: perplexity under stated protocols, bits counted in full, tables of both."""
 
-from .perplexity import EvaluationRow, cache_losses, evaluate, perplexity
+from .perplexity import EvaluationRow, cache_losses, evaluate
 from .protocols import Protocol, ProtocolEvaluator
 from .report import format_rows, save_codebook, with_rows
 
@@ -11,7 +11,6 @@ __all__ = [
     "cache_losses",
     "evaluate",
     "format_rows",
-    "perplexity",
     "save_codebook",
     "with_rows",
 ]

@@ -45,6 +45,13 @@ class Visibility:
             return logits.masked_fill(hidden, float("-inf"))
         return logits.masked_fill((columns.unsqueeze(2) > last.view(-1, 1)).unsqueeze(2), float("-inf"))
 
+    def rows(self, rows: slice) -> Visibility:
+        """The visibility of a slice of the queries alone; without a mask, of the keys up to its last query."""
+        if self.mask is not None and self.mask.shape[2] > 1:
+            return Visibility(self.mask[:, :, rows], self.is_causal, rows.stop - rows.start, self.kv_len)
+        kv_len = self.kv_len - self.q_len + rows.stop if self.is_causal else self.kv_len
+        return Visibility(self.mask, self.is_causal, rows.stop - rows.start, kv_len)
+
     def _columns(self, logits: torch.Tensor, columns: torch.Tensor | slice) -> torch.Tensor:
         batch, kv_heads, group, q_len, _ = logits.shape
         mask = self.mask

@@ -10,9 +10,10 @@ from typing import Protocol
 
 import torch
 
-from .attention import BLOCK, Visibility, logits_of
+from .attention import Visibility, logits_of
 
-ROWS = 512  # queries at a time: bounds the workspace to heads * ROWS * BLOCK floats
+# Queries and keys at a time. Small blocks stay in a CPU's cache and leave out most of what causality hides.
+ROWS, COLUMNS = 256, 256
 
 
 class ColumnTerm(Protocol):
@@ -69,33 +70,29 @@ def column_statistic(
     Returns:
         float32 ``(batch, kv_heads, n)``.
     """
-    batch, kv_heads, group, q_len, _ = query.shape
-    past = visibility.kv_len - visibility.q_len
+    batch, kv_heads, _, q_len, _ = query.shape
+    past, causal = visibility.kv_len - visibility.q_len, visibility.is_causal and visibility.mask is None
     out = torch.zeros(batch, kv_heads, keys.shape[2], device=keys.device)
     for row in range(0, q_len, ROWS):
         rows = slice(row, min(row + ROWS, q_len))
         q, o, row_lse = query[:, :, :, rows], output[:, :, :, rows], lse[:, :, :, rows]
-        row_view = Visibility(
-            visibility.mask if visibility.mask is None or visibility.mask.shape[2] == 1 else visibility.mask[:, :, rows],
-            visibility.is_causal,
-            rows.stop - rows.start,
-            past + rows.stop,
-        )
-        columns = torch.arange(past + row, past + rows.stop, device=keys.device)  # of these queries
-        unseen = ~torch.isfinite(row_lse)
+        view = visibility.rows(rows)
+        index = torch.arange(past + row, past + rows.stop, device=keys.device)  # key columns of these queries
+        unseen = row_lse == float("-inf")
         if first_query is not None:
-            unseen = unseen | (columns < first_query.unsqueeze(1))[:, None, None]
-        for start in range(0, keys.shape[2], BLOCK):
-            stop = min(start + BLOCK, keys.shape[2])
-            if row_view.is_causal and row_view.mask is None and first_column + start >= past + rows.stop:
+            unseen = unseen | (index < first_query.unsqueeze(1))[:, None, None]
+        if unseen.any():
+            row_lse = row_lse.masked_fill(unseen, float("inf"))  # so that their probabilities are 0
+        for start in range(0, keys.shape[2], COLUMNS):
+            stop = min(start + COLUMNS, keys.shape[2])
+            if causal and first_column + start >= past + rows.stop:
                 break  # these keys come after every query of the block
-            view = Visibility(row_view.mask, row_view.is_causal, row_view.q_len, row_view.kv_len)
             logits = logits_of(q, keys[:, :, start:stop], scale, softcap)
-            logits = view.apply(logits, slice(first_column + start, first_column + stop))
-            probs = (logits - row_lse.masked_fill(unseen, 0.0).unsqueeze(-1)).exp_()
-            probs = probs.masked_fill(unseen.unsqueeze(-1), 0.0)
+            if not causal or first_column + stop > past + row + 1:  # else every query sees every key of the block
+                logits = view.apply(logits, slice(first_column + start, first_column + stop))
+            probs = logits.sub_(row_lse.unsqueeze(-1)).exp_()
             if last_query is not None:
-                probs = probs * (columns.unsqueeze(1) <= last_query[start:stop])
+                probs = probs * (index.unsqueeze(1) <= last_query[start:stop])
             out[:, :, start:stop] += term(
                 probs.flatten(2, 3), q.flatten(2, 3), values[:, :, start:stop].float(), o.flatten(2, 3)
             )
