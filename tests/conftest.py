@@ -18,7 +18,8 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
     """A random Llama: 3 layers, 4 heads, 2 kv heads, head size 16, 128 tokens of vocabulary."""
     settings = dict(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()

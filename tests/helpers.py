@@ -10,12 +10,14 @@ from antkv_hf.codecs import VQTables
 from antkv_hf.config import VQSpec
 
 
-def random_tables(spec: VQSpec, kv_heads: int, head_dim: int, dense: bool, seed: int = 0, scale: float = 1.0) -> VQTables:
+def random_tables(
+    spec: VQSpec, kv_heads: int, head_dim: int, dense: bool, seed: int = 0, scale: float = 1.0
+) -> VQTables:
     """Valid tables with random centroids: a dense basis near a rotation, or a random permutation and metric."""
     g = torch.Generator().manual_seed(seed)
     groups = spec.groups(head_dim)
     size = (kv_heads, groups, spec.stages, spec.centroids, spec.sub_dim)
-    centroids = scale * torch.randn(size, generator=g)
+    centroids = torch.randn(size, generator=g)
     centroids = centroids * 0.5 ** torch.arange(spec.stages).view(1, 1, -1, 1, 1)
     mean = 0.1 * torch.randn(kv_heads, head_dim, generator=g)
     if dense:

@@ -445,7 +445,7 @@ def test_resumed_run_gives_the_tables_of_an_uninterrupted_one(tmp_path, monkeypa
     (tmp_path / "windows" / "000001.safetensors").write_bytes(b"cut off")  # a damaged shard is made again
     resumed = calibrated(batch_size=2, work_dir=tmp_path)
     assert tables_equal(resumed, expected)
-    assert len(calls) < 3 + (4 if where == "window" else 4)  # 4 batches, 4 tables: some were kept
+    assert len(calls) < 7  # 4 batches, 4 tables: some were kept
     calls.clear()
     assert tables_equal(calibrated(batch_size=2, work_dir=tmp_path), expected) and not calls
 

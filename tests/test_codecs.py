@@ -29,7 +29,9 @@ def test_packing_layout_is_little_endian():
 
 
 @pytest.mark.parametrize("dense", (True, False))
-@pytest.mark.parametrize("spec", [VQSpec(8, 8), VQSpec(16, 4, 2), VQSpec(8, 10), VQSpec(2, 6), VQSpec(32, 4, 3)], ids=str)
+@pytest.mark.parametrize(
+    "spec", [VQSpec(8, 8), VQSpec(16, 4, 2), VQSpec(8, 10), VQSpec(2, 6), VQSpec(32, 4, 3)], ids=str
+)
 def test_encode_picks_the_nearest(spec, dense):
     heads, dim = 2, 32
     tables = random_tables(spec, heads, dim, dense, seed=3)

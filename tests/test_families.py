@@ -1,4 +1,4 @@
-"""Model families on tiny random models: identity equals DynamicCache in both lanes, and keys turn back to before RoPE."""
+"""Model families on tiny random models: identity equals DynamicCache in both lanes; keys turn back to before RoPE."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def batch():
 @pytest.mark.filterwarnings("ignore:AnTKVCache quantizes", "ignore:.*decode all keys")
 def test_identity_equals_dynamic_cache(family, batch):
     model, quantized = build(family)
-    options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    options = dict(
+        max_new_tokens=20, min_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
     default = model.config._attn_implementation
     expected = model.generate(**batch, past_key_values=DynamicCache(config=model.config), **options)
     for lane in (default, "antkv"):

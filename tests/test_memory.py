@@ -48,9 +48,7 @@ def live_tensor_bytes(ignore: set[int]) -> int:
 def live_pointers() -> set[int]:
     gc.collect()
     return {
-        t.untyped_storage().data_ptr()
-        for t in gc.get_objects()
-        if type(t) is torch.Tensor and t.device.type == "cpu"
+        t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor and t.device.type == "cpu"
     }
 
 

@@ -27,6 +27,8 @@ class _OneLineErrors(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of a pipe (head, less) has had enough
+            raise
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             # Of RuntimeErrors only a full GPU is the user's business; others are bugs and keep their traceback.
             ours = not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"

@@ -23,6 +23,11 @@ from .config import AnTKVConfig
 from .rotary import Rotary
 
 FORMAT_VERSION = 1
+# fields of a config that say where a model came from, not what it is
+_NOT_THE_MODEL = (
+    "_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
+    "quantization_config",
+)  # fmt: skip
 CONFIG_FILE, TABLES_FILE = "config.json", "codebooks.safetensors"
 
 
@@ -92,6 +97,9 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
     def codec_factory(self, config: AnTKVConfig, rotary: list[Rotary | None]):
         """A function that gives a layer's codec on a device; tables are placed once and shared by all caches."""
 
+        key_spec, value_spec = config.key, config.value
+        assert key_spec is not None and value_spec is not None, "the identity codec needs no codebook"
+
         def codec(layer: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
             key, value = self.tables[layer]
             sizes = (*key.mean.shape, value.mean.shape[1])
@@ -107,8 +115,8 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             place = (layer, device, form)
             if place not in self._codecs:
                 self._codecs[place] = LayerCodec(
-                    VectorQuantizer(config.key, key, device),
-                    VectorQuantizer(config.value, value, device),
+                    VectorQuantizer(key_spec, key, device),
+                    VectorQuantizer(value_spec, value, device),
                     self._rotaries[form] if turn is not None else None,
                 )
             return self._codecs[place]
@@ -158,7 +166,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         return ModelCard(card_content(self))
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # tables are no keyword arguments
         cls,
         name_or_path: str | Path,
         *,
@@ -181,7 +189,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                 if not path.is_file():
                     raise FileNotFoundError(f"{folder} is no codebook folder: {path.name} is missing")
         else:
-            hub = dict(
+            hub: dict[str, Any] = dict(
                 revision=revision, cache_dir=cache_dir, force_download=force_download,
                 local_files_only=local_files_only, token=token,
             )  # fmt: skip
@@ -217,9 +225,15 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         except (KeyError, TypeError) as error:
             raise ValueError(f"{config_path}: a field is missing or of the wrong kind: {error!r}") from error
         if (found := tables_path.stat().st_size) != size:
-            raise ValueError(f"{tables_path} has {found:,} bytes, config.json says {size:,}: the file is truncated or changed; download it again")
+            raise ValueError(
+                f"{tables_path} has {found:,} bytes, config.json says {size:,}: the file is truncated or changed; "
+                "download it again"
+            )
         if (digest := _sha256(tables_path)) != expected:
-            raise ValueError(f"{tables_path} has sha256 {digest[:12]}..., config.json says {str(expected)[:12]}...: the file was changed; download it again")
+            raise ValueError(
+                f"{tables_path} has sha256 {digest[:12]}..., config.json says {str(expected)[:12]}...: the file was "
+                "changed; download it again"
+            )
         try:
             tensors = load_file(tables_path)
             grouped: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
@@ -237,7 +251,15 @@ def describe_model(text_config, base_model: str | None = None) -> dict[str, Any]
     heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     kept = text_config.to_diff_dict()
-    for name in ("_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "quantization_config"):
+    for name in (
+        "_name_or_path",
+        "_model_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "architectures",
+        "quantization_config",
+    ):
         kept.pop(name, None)
     return {
         "base_model": base_model or text_config.name_or_path or text_config.model_type,

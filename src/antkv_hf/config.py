@@ -68,7 +68,9 @@ class VQSpec:
         """Reads ``"d8b8"`` (sub_dim 8, 8-bit codes) or ``"d16b8s2"`` (two residual stages)."""
         match = re.fullmatch(r"d(\d+)b(\d+)(?:s(\d+))?", text.strip())
         if not match:
-            raise ValueError(f"cannot read codec spec {text!r}; write it as d<sub_dim>b<code_bits>[s<stages>], e.g. d8b8")
+            raise ValueError(
+                f"cannot read codec spec {text!r}; write it as d<sub_dim>b<code_bits>[s<stages>], e.g. d8b8"
+            )
         return cls(int(match[1]), int(match[2]), int(match[3] or 1))
 
     @classmethod

@@ -6,8 +6,8 @@ are exactly as large as what they hold. Codes are tiny, so concatenating them ev
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Callable
 
 import torch
 
@@ -62,14 +62,18 @@ class ExactTokens:
         return keys, self.values.float() * self.value_scale.float()
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExactTokens:
-        return ExactTokens(*(None if t is None else change(t) for t in self.tensors()))
+        return self._of(None if t is None else change(t) for t in self.tensors())
 
     def tensors(self) -> list[torch.Tensor | None]:
         return [getattr(self, f.name) for f in fields(self)]
 
     def append(self, other: ExactTokens) -> ExactTokens:
         pairs = zip(self.tensors(), other.tensors())
-        return ExactTokens(*(None if a is None or b is None else torch.cat([a, b], 2) for a, b in pairs))
+        return self._of(None if a is None or b is None else torch.cat([a, b], 2) for a, b in pairs)
+
+    @classmethod
+    def _of(cls, tensors: Iterable[torch.Tensor | None]) -> ExactTokens:
+        return cls(*tensors)  # type: ignore[arg-type]  # positions, keys and values are never None
 
     def crop(self, length: int) -> ExactTokens | None:
         """Without the tokens at positions >= `length`; None if nothing is left."""
@@ -142,7 +146,7 @@ class Snapshot:
         return keys if self.codec.rotary is None else self.codec.rotary.rotate_block(keys)
 
     def block_query(self, query: torch.Tensor, start: int) -> torch.Tensor:
-        """Queries after RoPE ``(batch, kv_heads, group, q_len, head_dim)`` as the block starting at `start` sees them."""
+        """Queries ``(batch, kv_heads, group, q_len, head_dim)`` after RoPE seen from the block at `start`."""
         if self.codec.rotary is None:
             return query
         return self.codec.rotary.turn_back(query, (start - self.offset).view(-1, 1, 1, 1))
@@ -312,5 +316,8 @@ class LayerStorage:
         }
 
 
-def _gather(index: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [t.gather(2, index.unsqueeze(-1).expand(*index.shape, t.shape[-1])) for t in tensors]
+def _gather(index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pick(x: torch.Tensor) -> torch.Tensor:
+        return x.gather(2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
+
+    return pick(keys), pick(values)

@@ -1,5 +1,7 @@
 """Which tokens stay exact: one file a score behind the interface in `base`; `budget` says how many."""
 
+from typing import cast
+
 from .accumulated_attention import AccumulatedAttention
 from .anchor_score import AnTKVAnchorScore
 from .base import AnchorScore, TokenContext
@@ -10,7 +12,7 @@ from .key_norm import KeyNorm
 from .random_tokens import RandomTokens
 from .squared_attention import SquaredAttention
 
-SCORES: dict[str, AnchorScore | None] = {
+_SCORES = {
     "error_aware": ErrorAware(),
     "anchor_score": AnTKVAnchorScore(),
     "accumulated_attention": AccumulatedAttention(),
@@ -20,6 +22,9 @@ SCORES: dict[str, AnchorScore | None] = {
     "random": RandomTokens(),
     "none": None,
 }
+
+
+SCORES = cast("dict[str, AnchorScore | None]", _SCORES)
 
 
 def get_score(name: str) -> AnchorScore | None:

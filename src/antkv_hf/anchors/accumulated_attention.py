@@ -14,4 +14,4 @@ class AccumulatedAttention:
     term = staticmethod(accumulated_attention_term)
 
     def score(self, tokens: TokenContext) -> torch.Tensor:
-        return tokens.statistic
+        return tokens.received()

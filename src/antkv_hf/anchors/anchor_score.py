@@ -14,4 +14,4 @@ class AnTKVAnchorScore:
     term = staticmethod(anchor_score_term)
 
     def score(self, tokens: TokenContext) -> torch.Tensor:
-        return tokens.statistic
+        return tokens.received()

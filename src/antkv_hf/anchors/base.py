@@ -31,6 +31,11 @@ class TokenContext:
     logit_variance: torch.Tensor
     positions: torch.Tensor
 
+    def received(self) -> torch.Tensor:
+        """The statistic, for scores that have a `term`."""
+        assert self.statistic is not None, "the score has a term, so its statistic is kept"
+        return self.statistic
+
 
 class AnchorScore(Protocol):
     """One way to choose anchors. `term` is what it needs summed over queries (None: it does not look at queries)."""

@@ -9,11 +9,12 @@ from .base import TokenContext
 
 
 class ErrorAware:
-    """``score_j = (sum_i p_ij^2) (c |dk_j|^2 + |dv_j|^2)``, ``c = mean_i(scale^2 |q_i|^2 / D) mean_j |v_j - v_mean|^2``.
+    """``score_j = (sum_i p_ij^2) (c |dk_j|^2 + |dv_j|^2)`` with
 
-    First-order change of the outputs when token j is quantized, ``sum_i p_ij^2 |(q_i.dk_j) scale (v_j - o_i) + dv_j|^2``,
-    with q_i.dk_j replaced by its mean square and v_j - o_i by the spread of the values. Needs only QK^T and the LSE
-    beside the codes; within 0.5% of the exact form in perplexity and better than AnTKV's score at equal bits.
+    ``c = mean_i(scale^2 |q_i|^2 / D) mean_j |v_j - v_mean|^2``: the first-order change of the outputs when token j is
+    quantized, ``sum_i p_ij^2 |(q_i.dk_j) scale (v_j - o_i) + dv_j|^2``, with q_i.dk_j replaced by its mean square and
+    v_j - o_i by the spread of the values. Needs only QK^T and the LSE beside the codes; within 0.5% of the exact form
+    in perplexity and better than AnTKV's score at equal bits.
     """
 
     term = staticmethod(squared_attention_term)
@@ -21,4 +22,4 @@ class ErrorAware:
     def score(self, tokens: TokenContext) -> torch.Tensor:
         values = tokens.values.float()
         spread = (values - values.mean(2, keepdim=True)).square().sum(-1).mean(2, keepdim=True)
-        return tokens.statistic * (tokens.logit_variance * spread * tokens.key_error + tokens.value_error)
+        return tokens.received() * (tokens.logit_variance * spread * tokens.key_error + tokens.value_error)

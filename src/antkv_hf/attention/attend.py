@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..storage import LayerStorage, Snapshot
 from ..reference.attention import Visibility, grouped
 from ..reference.scores import column_statistic
+from ..storage import LayerStorage, Snapshot
 from .backends import BACKENDS
 from .exact import exact_attention
 
@@ -81,9 +81,7 @@ def observe(storage: LayerStorage, past: Snapshot, query, out, lse, visibility: 
     if first_query is not None:
         columns = torch.arange(past.length - visibility.q_len, past.length, device=q.device)
         counted = (columns >= first_query.unsqueeze(1))[:, None, None].expand_as(moment).float()
-    storage.query_moment = storage.query_moment + torch.stack(
-        [(moment * counted).sum((2, 3)), counted.sum((2, 3))], -1
-    )
+    storage.query_moment = storage.query_moment + torch.stack([(moment * counted).sum((2, 3)), counted.sum((2, 3))], -1)
     if storage.score.term is not None:
         storage.statistic = storage.statistic + column_statistic(
             storage.score.term, q, past.tail_keys, past.tail_values, out, lse, visibility, past.coded_length,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..anchors import get_score
@@ -77,7 +77,7 @@ class AnTKVCache(Cache):
     def from_pretrained(
         cls,
         name_or_path: str | Path,
-        model: torch.nn.Module | None = None,
+        model: PreTrainedModel | None = None,
         config: AnTKVConfig | None = None,
         *,
         on_new_prompt: str = "error",
@@ -227,10 +227,14 @@ def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | N
             f"{config.skip_layers}): only full-attention layers are. Use DynamicCache, whose window is small already."
         )
     if beyond := [i for i in config.skip_layers if i >= len(layers)]:
-        raise ValueError(f"skip_layers names layer {beyond[0]}, but the model has {len(layers)} layers (0 to {len(layers) - 1})")
+        raise ValueError(
+            f"skip_layers names layer {beyond[0]}, but the model has {len(layers)} layers (0 to {len(layers) - 1})"
+        )
     others = len(layers) - len(plain) - sum(i < len(layers) for i in config.skip_layers)
     if others:
-        warnings.warn(f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers: only full attention is", stacklevel=3)
+        warnings.warn(
+            f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers: only full attention is", stacklevel=3
+        )
     codec_for_device = _identity_codec
     if not config.is_identity:
         if codebook is None:

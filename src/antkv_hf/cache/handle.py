@@ -8,6 +8,7 @@ stay lazy; any other operation materialises dense keys and values (correct, slow
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
@@ -28,7 +29,7 @@ class SharedSnapshot:
         self._dense: dict[str, torch.Tensor] | None = None
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None = None, **options) -> torch.Tensor:
-        wiring = dict(backend=self.backend, observer=self.observer, commit=self.commit)
+        wiring: dict[str, Any] = dict(backend=self.backend, observer=self.observer, commit=self.commit)
         return attend(self.snapshot, query, mask, **wiring, **options)
 
     def dense(self, role: str, operation: str) -> torch.Tensor:
@@ -90,10 +91,10 @@ class KVHandle(torch.Tensor):
 
     def data_ptr(self) -> int:
         raise RuntimeError(
-            "a KVHandle of AnTKVCache has no memory, so it cannot be handed to a kernel; call .dense() for a plain tensor"
+            "a KVHandle of AnTKVCache has no memory, so no kernel can take it; call .dense() for a plain tensor"
         )
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"KVHandle(role={self.role!r}, shape={self.size_})"
 
     def _like(self, size, repeats: int, stage: int) -> KVHandle:
@@ -136,7 +137,7 @@ class KVHandle(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         def plain(x):
             return x.dense(str(func)) if isinstance(x, KVHandle) else x
 

@@ -7,6 +7,8 @@ work in this one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -33,9 +35,9 @@ def antkv_attention_forward(
     s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of transformers' interface: query ``(batch, q_heads, q_len, head_dim)`` -> ``(batch, q_len, q_heads, dim)``."""
+    """transformers' interface, query ``(batch, q_heads, q_len, head_dim)`` -> ``(batch, q_len, q_heads, dim)``."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    options = dict(
+    options: dict[str, Any] = dict(
         scale=scaling,
         is_causal=attention_mask is None and query.shape[2] > 1 and bool(causal),
         softcap=softcap,

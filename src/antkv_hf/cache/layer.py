@@ -17,6 +17,7 @@ _NO_TOKENS = (
     "give at least one new token, or call cache.reset()"
 )
 
+
 class LayerPlan:
     """What a layer needs to start: built once for a model, shared by its caches (`codec` makes tables on a device)."""
 
@@ -95,7 +96,9 @@ class AnTKVLayer(CacheLayerMixin):
                 "Run the model under torch.no_grad() or model.generate(), or train with DynamicCache."
             )
         if keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
-            raise ValueError(f"{name}: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not belong together")
+            raise ValueError(
+                f"{name}: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not belong together"
+            )
         if keys.shape[2] == 0:
             raise ValueError(_NO_TOKENS.format(self.plan.layer_idx, self.get_seq_length()))
         if self.storage is None:

@@ -31,7 +31,7 @@ def model_rotary(config: PreTrainedConfig) -> list[Rotary | None]:
     except TypeError:
         embedding = rotary_class(text)
     types = getattr(text, "layer_types", None) or ["full_attention"] * layers
-    per_layer = []
+    per_layer: list[Rotary | None] = []
     for layer, layer_type in enumerate(types):
         named = f"{layer_type}_inv_freq"
         prefix = f"{layer_type}_" if hasattr(embedding, named) else ""
@@ -90,5 +90,7 @@ def _is_interleaved(module, pairs: int) -> bool:
     turned = (turned if isinstance(turned, torch.Tensor) else turned[0]).flatten()
     partner = int(turned.abs().argmax())
     if partner not in (1, pairs):
-        raise ValueError(f"{module.__name__} pairs channel 0 with {partner} in RoPE, not with 1 or {pairs}: unknown form")
+        raise ValueError(
+            f"{module.__name__} pairs channel 0 with {partner} in RoPE, not with 1 or {pairs}: unknown form"
+        )
     return partner == 1

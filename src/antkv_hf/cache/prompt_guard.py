@@ -8,6 +8,7 @@ holds them. Where that frame looks different (another transformers), the guard s
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 import torch
 
@@ -16,7 +17,7 @@ _FRAMES = 4  # how far above the marking statement generate()'s own frame may be
 
 def generate_input_ids() -> torch.Tensor | None:
     """The prompt ids ``(batch, n)`` of the `generate` call that is marking its cache, or None if there is none."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     for _ in range(_FRAMES):
         if frame is None:
             return None

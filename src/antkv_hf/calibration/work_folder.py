@@ -106,7 +106,7 @@ class WorkFolder:
         """Key tables, value tables, and their relative weighted errors."""
         with safe_open(self._tables_file(layer), "pt") as file:
             parts: dict[str, dict[str, torch.Tensor]] = {"key": {}, "value": {}}
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118 (no dict)
                 role, field = name.split(".")
                 parts[role][field] = file.get_tensor(name)
             key_error, value_error = json.loads(file.metadata()["errors"])

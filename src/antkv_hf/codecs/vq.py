@@ -53,7 +53,9 @@ class VQTables:
         if (self.permutation is None) == (self.synthesis is None) or (self.permutation is None) != (
             self.metric_root is None
         ):
-            raise ValueError(f"tables need a permutation with its metric_root, or a synthesis; got {list(self.tensors())}")
+            raise ValueError(
+                f"tables need a permutation with its metric_root, or a synthesis; got {list(self.tensors())}"
+            )
         for name, tensor in self.tensors().items():
             if tuple(tensor.shape) != expected[name]:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {expected[name]} is needed for {spec}")
@@ -87,7 +89,8 @@ class VectorQuantizer:
         self.mean = tables.mean.to(**place)
         # One row of tables a (kv head, group): (kv_heads * groups, stages, K, sub_dim).
         self.centroids = tables.centroids.to(**place).flatten(0, 1).contiguous()
-        self.permutation = self.inverse_permutation = self.synthesis = self.analysis = self.metric_root = None
+        self.permutation = self.inverse_permutation = self.metric_root = None
+        self.synthesis = self.analysis = self.mean[:, :0]  # of a permutation basis: empty
         if tables.permutation is not None and tables.metric_root is not None:
             self.permutation = tables.permutation.to(device).long()
             self.inverse_permutation = self.permutation.argsort(-1)
@@ -107,8 +110,10 @@ class VectorQuantizer:
         else:
             latent = latent @ self.analysis
         # (kv_heads * groups, batch * n, sub_dim)
-        parts = latent.unflatten(-1, (self.groups, -1)).permute(1, 3, 0, 2, 4).reshape(
-            heads * self.groups, batch * n, self.spec.sub_dim
+        parts = (
+            latent.unflatten(-1, (self.groups, -1))
+            .permute(1, 3, 0, 2, 4)
+            .reshape(heads * self.groups, batch * n, self.spec.sub_dim)
         )
         if self.metric_root is not None:
             parts = parts @ self.metric_root.mT

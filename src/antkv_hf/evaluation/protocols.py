@@ -182,8 +182,7 @@ def read_back(codec: LayerCodec, config: AnTKVConfig, window: int, query, keys, 
     sinks = min(config.anchors.sinks, n)
     if sinks:
         first = torch.arange(sinks, device=device).expand(*keys.shape[:2], sinks)
-        half = torch.float16 if keys.dtype == torch.float32 else keys.dtype  # as LayerStorage keeps them
-        exact.append(_store(first, keys, values, half, codec, offset))
+        exact.append(_store(first, keys, values, sink_dtype(keys.dtype), codec, offset))
     score = get_score(config.anchors.score)
     if config.anchors.enabled and score is not None:
         scaling = 1.0 if codec.rotary is None else codec.rotary.scaling

@@ -10,8 +10,8 @@ dense keys and values never exist.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 
@@ -33,7 +33,7 @@ class Visibility:
     kv_len: int
 
     def apply(self, logits: torch.Tensor, columns: torch.Tensor | slice) -> torch.Tensor:
-        """Masks `logits` ``(batch, kv_heads, group, q_len, n)`` for key `columns` (a slice, or ``(batch, kv_heads, n)``)."""
+        """Masks `logits` ``(batch, kv_heads, group, q_len, n)``; `columns` is a slice, or ``(batch, kv_heads, n)``."""
         if self.mask is not None:
             mask = self._columns(logits, columns)
             return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
@@ -53,7 +53,7 @@ class Visibility:
         return Visibility(self.mask, self.is_causal, rows.stop - rows.start, kv_len)
 
     def _columns(self, logits: torch.Tensor, columns: torch.Tensor | slice) -> torch.Tensor:
-        batch, kv_heads, group, q_len, _ = logits.shape
+        batch, kv_heads, group = logits.shape[:3]
         mask = self.mask
         assert mask is not None
         if mask.shape[1] != 1:  # one mask a query head
@@ -70,7 +70,7 @@ class Visibility:
 class OnlineSoftmax:
     """Running softmax-weighted sum over segments of keys; rows are ``(batch, kv_heads, group, q_len)``."""
 
-    def __init__(self, rows: tuple[int, int, int, int], value_dim: int, device: torch.device, first_logit=None):
+    def __init__(self, rows: torch.Size, value_dim: int, device: torch.device, first_logit=None):
         self.maximum = torch.full(rows, float("-inf"), device=device)
         self.total = torch.zeros(rows, device=device)
         self.out = torch.zeros(*rows, value_dim, device=device)
@@ -78,7 +78,7 @@ class OnlineSoftmax:
             self.maximum, self.total = first_logit.float().expand(rows).clone(), torch.ones_like(self.total)
 
     def add(self, logits: torch.Tensor, weighted_sum: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Adds a segment: `logits` ``rows + (n,)``; `weighted_sum` maps ``(batch, kv_heads, group*q_len, n)`` weights."""
+        """Adds a segment: `logits` ``rows + (n,)``; `weighted_sum` takes ``(batch, kv_heads, group * q_len, n)``."""
         maximum = torch.maximum(self.maximum, logits.amax(-1))
         safe = maximum.masked_fill(maximum == float("-inf"), 0.0)  # a row that has seen no key yet
         weights = (logits - safe.unsqueeze(-1)).exp_()
@@ -89,7 +89,7 @@ class OnlineSoftmax:
         self.maximum = maximum
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output ``rows + (value_dim,)`` and log-sum-exp ``rows`` (-inf for a row that sees nothing; its output is 0)."""
+        """Output ``rows + (value_dim,)`` and log-sum-exp ``rows``: 0 and -inf for a row that sees nothing."""
         out = self.out / self.total.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
         return out, self.maximum + self.total.log()
 
@@ -143,7 +143,10 @@ def attention(past, query, visibility: Visibility, scale: float, softcap=None, s
             softmax.add(logits, lambda weights, values=values: weights @ values.float())
     for start in range(coded, past.length, BLOCK):
         stop = min(start + BLOCK, past.length)
-        keys, values = past.tail_keys[:, :, start - coded : stop - coded], past.tail_values[:, :, start - coded : stop - coded]
+        keys, values = (
+            past.tail_keys[:, :, start - coded : stop - coded],
+            past.tail_values[:, :, start - coded : stop - coded],
+        )
         logits = visibility.apply(logits_of(q, keys, scale, softcap), slice(start, stop))
         softmax.add(logits, lambda weights, values=values: weights @ values.float())
     return softmax.result()

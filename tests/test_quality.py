@@ -1,0 +1,61 @@
+"""The shipped codebooks on the real model: what the README says of them holds on a slice of the same text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from antkv_hf import AnTKVCache, AnTKVCodebook
+from antkv_hf.demo import find_codebook
+from antkv_hf.demo_model import load_demo_model
+from antkv_hf.evaluation import evaluate
+from antkv_hf.texts import load_texts
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    try:
+        model, tokenizer, _ = load_demo_model()
+    except (ImportError, OSError) as error:
+        pytest.skip(f"SmolLM2 is not installed: {error}")
+    return model, tokenizer
+
+
+@pytest.mark.parametrize(
+    ("bits", "protocols", "limits"),
+    [
+        ("1", ("FP", "W0", "S128", "cache"), {"W0": 1.45, "S128": 1.09, "cache": 1.09}),
+        ("2", ("FP", "S128"), {"S128": 1.02}),
+    ],
+)
+def test_perplexity_of_wikitext(smollm2, antkv_data, bits, protocols, limits):
+    """Two windows of 2,048 tokens; over twelve the ratios are 1.367 (W0), 1.066 (S128) and, at 2 bits, 1.014."""
+    model, tokenizer = smollm2
+    codebook = AnTKVCodebook.from_pretrained(find_codebook(f"smollm2-135m-instruct-{bits}bit"))
+    texts = load_texts(str(antkv_data / "wikitext2" / "wiki.test.raw"))
+    rows = evaluate(model, tokenizer, texts, codebook, protocols=protocols, windows=2)
+    for row in rows:
+        if row.protocol in limits:
+            assert 1.0 < row.ratio <= limits[row.protocol], row
+            assert row.bits <= float(bits) + 0.25
+
+
+def test_two_thousand_tokens_are_at_least_seven_times_smaller(smollm2):
+    model, tokenizer = smollm2
+    cache = AnTKVCache.from_pretrained(find_codebook("smollm2-135m-instruct-1bit"))
+    ids = torch.randint(10, 40_000, (1, 2048), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    footprint = cache.memory_footprint()
+    assert footprint.tokens == 2048 and footprint.compression >= 7
+    assert footprint.bits_per_element <= 1.25
+
+
+def test_shipped_codebooks_are_small_and_say_how_they_were_made():
+    for bits in "12":
+        codebook = AnTKVCodebook.from_pretrained(find_codebook(f"smollm2-135m-instruct-{bits}bit"))
+        assert codebook.tables_bytes() < 10e6
+        assert codebook.calibration["command"].startswith("antkv calibrate")
+        assert {row["protocol"] for row in codebook.evaluation} >= {"FP", "W0", "S128"}
