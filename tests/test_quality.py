@@ -43,7 +43,7 @@ def test_perplexity_of_wikitext(smollm2, antkv_data, bits, protocols, limits):
 
 
 def test_two_thousand_tokens_are_at_least_seven_times_smaller(smollm2):
-    model, tokenizer = smollm2
+    model, _ = smollm2
     cache = AnTKVCache.from_pretrained(find_codebook("smollm2-135m-instruct-1bit"))
     ids = torch.randint(10, 40_000, (1, 2048), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -45,7 +45,7 @@ def inspect_codebook(place: str, model: str | None = None) -> dict[str, Any]:
 def inspect_model(name: str) -> dict[str, Any]:
     """What a model's cache looks like, and the presets it could have; reads only the model's config."""
     text = model_config(name).get_text_config(decoder=True)
-    facts = describe_model(text, name)
+    facts = describe_model(text, text.name_or_path or name)
     probe = AnTKVCache(text, AnTKVConfig.preset("identity"))  # says which layers are full attention, or why none is
     layers = len(probe.quantized_layers)
     elements = layers * facts["kv_heads"] * (facts["head_dim"] + facts["value_dim"])  # of a token
