@@ -11,8 +11,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
-
 
 def tiny_llama(**changes) -> LlamaForCausalLM:
     """A random Llama: 3 layers, 4 heads, 2 kv heads, head size 16, 128 tokens of vocabulary."""

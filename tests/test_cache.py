@@ -112,6 +112,25 @@ def test_anchors_and_sinks_are_read_back_exactly(llama, codebook):
         assert not torch.isin(storage.anchors.positions, torch.tensor([0, 1])).any()
 
 
+def test_a_chunk_with_too_few_candidates_leaves_slots_empty(llama, codebook):
+    """With every token an anchor, sinks and padding must not be stored twice: attention would count them twice."""
+    all_exact = AnchorConfig(fraction=1.0, sinks=2, dtype="float16")
+    cache = AnTKVCache(llama.config, config(anchors=all_exact), codebook)
+    reference = DynamicCache(config=llama.config)
+    ids, mask = prompt(60, 2), torch.ones(2, 60, dtype=torch.int64)
+    mask[1, :21] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    for c in (cache, reference):
+        llama(ids[:, :50], attention_mask=mask[:, :50], position_ids=positions[:, :50], past_key_values=c)
+    rest = dict(input_ids=ids[:, 50:], attention_mask=mask, position_ids=positions[:, 50:])
+    expected = llama(**rest, past_key_values=reference).logits
+    torch.testing.assert_close(llama(**rest, past_key_values=cache).logits, expected, atol=5e-3, rtol=5e-3)
+    storage = cache.layers[0].storage
+    assert storage.coded_length == 48 or storage.coded_length == 32
+    counted = [(t.positions == 0).sum().item() for t in (storage.sinks, storage.anchors)]
+    assert counted == [2, 0]  # two kv heads of the unpadded sequence, once each
+
+
 @pytest.mark.parametrize("score", ["error_aware", "anchor_score", "accumulated_attention", "squared_attention",
                                    "key_norm", "first_tokens", "random", "none"])  # fmt: skip
 def test_every_score_runs(llama, codebook, score):

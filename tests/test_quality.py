@@ -9,7 +9,7 @@ from antkv_hf import AnTKVCache, AnTKVCodebook
 from antkv_hf.demo import find_codebook
 from antkv_hf.demo_model import load_demo_model
 from antkv_hf.evaluation import evaluate
-from antkv_hf.texts import load_texts
+from antkv_hf.texts import load_texts, token_windows
 
 pytestmark = pytest.mark.slow
 
@@ -26,16 +26,17 @@ def smollm2():
 @pytest.mark.parametrize(
     ("bits", "protocols", "limits"),
     [
-        ("1", ("FP", "W0", "S128", "cache"), {"W0": 1.45, "S128": 1.09, "cache": 1.09}),
-        ("2", ("FP", "S128"), {"S128": 1.02}),
+        ("1", ("FP", "W0", "S128", "cache"), {"W0": 1.5, "S128": 1.05, "cache": 1.05}),
+        ("2", ("FP", "S128"), {"S128": 1.015}),
     ],
 )
 def test_perplexity_of_wikitext(smollm2, antkv_data, bits, protocols, limits):
-    """Two windows of 2,048 tokens; over twelve the ratios are 1.367 (W0), 1.066 (S128) and, at 2 bits, 1.014."""
+    """The third window of 2,048 tokens (the first is by far the hardest); over the first twelve the ratios are 1.367 (W0), 1.066 (S128) and, at 2 bits, 1.014."""
     model, tokenizer = smollm2
     codebook = AnTKVCodebook.from_pretrained(find_codebook(f"smollm2-135m-instruct-{bits}bit"))
     texts = load_texts(str(antkv_data / "wikitext2" / "wiki.test.raw"))
-    rows = evaluate(model, tokenizer, texts, codebook, protocols=protocols, windows=2)
+    windows = token_windows(tokenizer, texts, 2048, count=1, skip=2)
+    rows = evaluate(model, tokenizer, windows, codebook, protocols=protocols, windows=1)
     for row in rows:
         if row.protocol in limits:
             assert 1.0 < row.ratio <= limits[row.protocol], row

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -375,4 +376,6 @@ class _Bar:
 
 def main() -> None:
     """Entry point of the ``antkv`` command."""
+    # Before torch is loaded: on a busy machine, threads that spin while they wait cost far more than they gain.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

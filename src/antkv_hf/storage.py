@@ -262,9 +262,10 @@ class LayerStorage:
             taken = (positions < self.config.anchors.sinks).unsqueeze(1)
             scores = self.score.score(context).masked_fill(taken, float("-inf"))
             best = select_anchors(scores, self.config.anchors.fraction, self.config.chunk)
-            kept = _gather(best, keys, values)
+            # A chunk with fewer candidates than places leaves slots empty; a sink taken again would count twice.
+            index = (best + indices[0]).masked_fill(scores.gather(2, best) == float("-inf"), -1)
             dtype = torch.int8 if self.config.anchors.dtype == "int8" else torch.float16
-            new = ExactTokens.store(best + indices[0], *kept, dtype, self.codec, self.offset)
+            new = ExactTokens.store(index, *_gather(best, keys, values), dtype, self.codec, self.offset)
             self.anchors = new if self.anchors is None else self.anchors.append(new)
         return key_codes, value_codes
 
