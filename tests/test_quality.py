@@ -31,7 +31,10 @@ def smollm2():
     ],
 )
 def test_perplexity_of_wikitext(smollm2, antkv_data, bits, protocols, limits):
-    """The third window of 2,048 tokens (the first is by far the hardest); over the first twelve the ratios are 1.367 (W0), 1.066 (S128) and, at 2 bits, 1.014."""
+    """The third window of 2,048 tokens; the first is by far the hardest.
+
+    Over the first twelve the ratios are 1.367 (W0), 1.066 (S128) and, at 2 bits, 1.014 (S128).
+    """
     model, tokenizer = smollm2
     codebook = AnTKVCodebook.from_pretrained(find_codebook(f"smollm2-135m-instruct-{bits}bit"))
     texts = load_texts(str(antkv_data / "wikitext2" / "wiki.test.raw"))
