@@ -20,7 +20,7 @@ test: $(READY) lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 	$(MAKE) --no-print-directory test-oldest
 
-# The same environment with only transformers exchanged for the oldest supported release.
+# The same environment with transformers exchanged for the oldest supported release (and the Hub client it needs).
 test-oldest: $(READY) $(VENV)/transformers-$(OLDEST)
 	PYTHONPATH=$(VENV)/transformers-$(OLDEST) OMP_NUM_THREADS=1 EXPECT_TRANSFORMERS=$(OLDEST) \
 		$(BIN)/python -m pytest -n $(WORKERS) tests/test_identity.py tests/test_cache.py tests/test_families.py
@@ -41,7 +41,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 $(VENV)/transformers-$(OLDEST): $(READY)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $@.part transformers==$(OLDEST)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $@.part \
+		transformers==$(OLDEST) huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 	mv $@.part $@
 
 clean:
