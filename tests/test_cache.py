@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 from antkv_hf import AnTKVCache, AnTKVConfig, VQSpec
 from antkv_hf.cache.handle import KVHandle
 from antkv_hf.config import AnchorConfig
+from antkv_hf.reference import attention as reference
 
 SPEC = VQSpec(4, 8)
 
@@ -66,6 +67,22 @@ def test_attention_equals_dense_attention_over_what_is_stored(llama, codebook, l
     finally:
         llama.set_attn_implementation("sdpa")
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padding", (0, 21))
+def test_blocks_of_queries_do_not_matter(llama, codebook, padding, monkeypatch):
+    """A second chunk over coded tokens, answered seven queries at a time."""
+    ids, mask = prompt(130, 2), torch.ones(2, 130, dtype=torch.int64)
+    mask[1, :padding] = 0
+    outs = []
+    for limit in (reference.MAX_LOGITS, 7 * 2 * 4 * reference.BLOCK):
+        monkeypatch.setattr(reference, "MAX_LOGITS", limit)
+        cache = AnTKVCache(llama.config, codebook=codebook)
+        llama(ids[:, :70], attention_mask=mask[:, :70], past_key_values=cache)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, 70:]
+        rest = dict(input_ids=ids[:, 70:], attention_mask=mask if padding else None, position_ids=positions)
+        outs.append(llama(**rest, past_key_values=cache).logits)
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-4)
 
 
 def test_left_padding_does_not_change_what_is_stored(llama, codebook):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from helpers import random_codebook
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate
 from antkv_hf.config import AnchorConfig
@@ -142,6 +142,26 @@ def test_grad_enabled(cache):
         model(ids(10), past_key_values=cache)
 
 
+def test_grad_in_the_fast_lane_of_layers_without_cache():
+    """Gemma 2's softcap sends plain layers through our attention too: gradients must not vanish silently."""
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.set_attn_implementation("antkv")
+    tokens = torch.randint(3, 60, (1, 9))
+    with pytest.raises(ValueError, match="9 cached keys was called with grad enabled"):
+        model(tokens, labels=tokens, use_cache=False)
+    with torch.no_grad():
+        assert model(tokens, use_cache=False).logits.shape == (1, 9, 64)
+
+
+def test_removed_decoding_mode(llama, codebook):
+    with pytest.raises(ValueError, match="is not part of this transformers"):
+        llama.generate(ids(9), custom_generate=antkv_generate(codebook), penalty_alpha=0.6, top_k=4, max_new_tokens=2)
+
+
 def test_refused_models_and_options(llama, codebook):
     mla = AutoConfig.for_model("deepseek_v3", num_hidden_layers=2)
     with pytest.raises(ValueError, match="latent attention .kv_lora_rank=512.*DynamicCache"):
@@ -195,6 +215,8 @@ def test_keys_of_another_kind(llama, cache):
         (lambda: VQSpec(8, 8, 0), "stages=0"),
         (lambda: VQSpec.parse("8x8"), "d8b8"),
         (lambda: VQSpec(32, 8).groups(80), "head_dim 80 is not a multiple of sub_dim 32"),
+        (lambda: AnTKVConfig().replace(windw=3), "unknown config field 'windw'.*window"),
+        (lambda: AnTKVConfig.from_dict({"anchors": {"scor": "none"}}), "unknown config field 'scor'.*score"),
         (lambda: AnchorConfig(fraction=1.5), "1.5 must lie between 0 and 1"),
         (lambda: AnchorConfig(dtype="int4"), "'int4' is unknown"),
         (lambda: AnchorConfig(sinks=-1), "sinks=-1"),

@@ -81,6 +81,16 @@ def test_assisted_decoding(llama, prompts, lane):
     assert torch.equal(out, expected)
 
 
+def test_turns_after_prompt_lookup_are_coded_again(llama, prompts):
+    cache = identity_cache(llama)
+    said = generate(llama, prompts["one"], cache, prompt_lookup_num_tokens=3)
+    nxt = dict(input_ids=said, attention_mask=torch.ones_like(said))
+    out = generate(llama, nxt, cache, max_new_tokens=60, min_new_tokens=60)
+    expected = generate(llama, nxt, DynamicCache(config=llama.config), max_new_tokens=60, min_new_tokens=60)
+    assert torch.equal(out, expected)
+    assert all(layer.storage.tail_keys.shape[2] < 8 + 4 + 1 for layer in cache.layers)
+
+
 def test_multi_turn_and_deepcopy(llama, prompts):
     first, cache = prompts["one"], identity_cache(llama)
     said = generate(llama, first, cache)

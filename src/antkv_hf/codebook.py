@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -176,13 +181,16 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> AnTKVCodebook:
-        """Loads a codebook from a local folder or a Hub repo (offline from the Hub's cache).
+        """Loads a codebook from a local folder, a Hub repo (offline from the Hub's cache) or by its shipped name.
 
         Raises:
             FileNotFoundError: no such folder or repo, or a file of it is missing.
             ValueError: see `from_files`.
         """
-        folder, model_id = Path(name_or_path), str(name_or_path)
+        model_id = str(name_or_path)
+        folder = (
+            Path(name_or_path) if Path(name_or_path).is_dir() else shipped_codebooks().get(model_id, Path(model_id))
+        )
         if folder.is_dir():
             paths = [folder / CONFIG_FILE, folder / TABLES_FILE]
             for path in paths:
@@ -197,6 +205,11 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                 paths = [Path(hf_hub_download(model_id, name, **hub)) for name in (CONFIG_FILE, TABLES_FILE)]
             except HFValidationError as error:
                 raise FileNotFoundError(f"{model_id!r} is neither a folder nor a Hub repo id (owner/name)") from error
+            except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+                raise FileNotFoundError(
+                    f"no folder {folder.absolute()}, and no Hub repo {model_id} within reach; codebooks that ship with "
+                    f"the package: {', '.join(shipped_codebooks()) or 'none'}"
+                ) from error
             except EntryNotFoundError as error:
                 raise FileNotFoundError(f"Hub repo {model_id} is no codebook: {error}") from error
         return cls.from_files(*paths)
@@ -246,30 +259,37 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             raise ValueError(f"{tables_path} does not hold the tables of a codebook: {error!r}") from error
 
 
+def shipped_codebooks() -> dict[str, Path]:
+    """Codebooks that come with the package, by name: in ``codebooks/`` of a checkout, else packaged with the wheel."""
+    package = Path(__file__).resolve().parent
+    places = (package / "codebooks", package.parents[1] / "codebooks")
+    return {p.parent.name: p.parent for place in places for p in sorted(place.glob("*/config.json"))}
+
+
 def describe_model(text_config, base_model: str | None = None) -> dict[str, Any]:
     """What a codebook remembers of its model; `text_config` is a transformers text config."""
     heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     kept = text_config.to_diff_dict()
-    for name in (
-        "_name_or_path",
-        "_model_name_or_path",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "architectures",
-        "quantization_config",
-    ):
+    for name in _NOT_THE_MODEL:
         kept.pop(name, None)
     return {
         "base_model": base_model or text_config.name_or_path or text_config.model_type,
         "model_type": text_config.model_type,
         "num_hidden_layers": text_config.num_hidden_layers,
-        "kv_heads": getattr(text_config, "num_key_value_heads", None) or heads,
+        "kv_heads": _kv_heads(text_config),
         "head_dim": head_dim,
         "value_dim": getattr(text_config, "v_head_dim", None) or head_dim,
         "text_config": {**kept, "model_type": text_config.model_type},
     }
+
+
+def _kv_heads(text_config) -> int:
+    if getattr(text_config, "new_decoder_architecture", False):  # Falcon
+        return text_config.num_kv_heads
+    if getattr(text_config, "multi_query", False):  # Falcon 7B, GPT-BigCode
+        return 1
+    return getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
 
 
 def _sha256(path: Path) -> str:

@@ -201,14 +201,13 @@ class AnTKVConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AnTKVConfig:
         """Inverse of `to_dict`. Raises ValueError naming any field it does not know."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise ValueError(f"unknown config field {unknown[0]!r}; known fields are {sorted(known)}")
+        _check_fields(cls, data)
         data = dict(data)
         for name in ("key", "value"):
             if isinstance(data.get(name), str):
                 data[name] = VQSpec.parse(data[name])
         if isinstance(data.get("anchors"), dict):
+            _check_fields(AnchorConfig, data["anchors"])
             data["anchors"] = AnchorConfig(**data["anchors"])
         if "skip_layers" in data:
             data["skip_layers"] = tuple(data["skip_layers"])
@@ -217,9 +216,17 @@ class AnTKVConfig:
     def replace(self, **changes: Any) -> AnTKVConfig:
         """A copy with some fields changed; fields of `AnchorConfig` may be given as ``anchor_<field>``."""
         anchor_changes = {k.removeprefix("anchor_"): changes.pop(k) for k in list(changes) if k.startswith("anchor_")}
+        _check_fields(AnchorConfig, anchor_changes)
+        _check_fields(AnTKVConfig, changes)
         if anchor_changes:
             changes["anchors"] = dataclasses.replace(changes.get("anchors", self.anchors), **anchor_changes)
         return dataclasses.replace(self, **changes)
+
+
+def _check_fields(cls: type, given: dict[str, Any]) -> None:
+    known = sorted(f.name for f in dataclasses.fields(cls))
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"unknown config field {unknown[0]!r}; known fields are {', '.join(known)}")
 
 
 def _spec(bits: float | str) -> VQSpec:

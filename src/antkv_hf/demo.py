@@ -19,32 +19,31 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .cache.cache import AnTKVCache
-from .codebook import AnTKVCodebook
+from .cache.footprint import MemoryFootprint
+from .cache.layer import AnTKVLayer
+from .codebook import AnTKVCodebook, shipped_codebooks
 from .demo_model import load_demo_model
 from .demo_text import HANDBOOK, QUESTIONS
 from .evaluation.baselines import tensor_bytes
 from .evaluation.perplexity import evaluate
 
 CODEBOOK = "smollm2-135m-instruct-1bit"
+LONG = 8192  # tokens of the cache that shows what remains of the window when the text is long
 
 
 def find_codebook(name: str = CODEBOOK) -> str:
     """Folder of a codebook that ships with the project.
 
-    Looks in ``codebooks/`` of the checkout this package was imported from, then for data packaged with the wheel
-    (``antkv_hf/codebooks``); a folder or Hub repo id given as `name` is returned as it is.
+    A folder or Hub repo id given as `name` is returned as it is.
 
     Raises:
         FileNotFoundError: naming what there is.
     """
     if Path(name).is_dir() or "/" in name:
         return name
-    package = Path(__file__).resolve().parent
-    places = (package.parents[1] / "codebooks", package / "codebooks")
-    for place in places:
-        if (place / name / "config.json").is_file():
-            return str(place / name)
-    shipped = [p.parent.name for place in places for p in sorted(place.glob("*/config.json"))]
+    shipped = shipped_codebooks()
+    if name in shipped:
+        return str(shipped[name])
     raise FileNotFoundError(
         f"no codebook {name!r}: it is no folder, no Hub repo id (owner/name) and not shipped "
         f"({', '.join(shipped) or 'none are'}); make one with `antkv calibrate`"
@@ -124,12 +123,15 @@ def run_demo(
     ids = tokenizer(HANDBOOK, return_tensors="pt", add_special_tokens=False)["input_ids"]
     plain, coded = evaluate(model, None, ids, book, protocols=("FP", "cache"), text_name="handbook")
     footprint = last["antkv"].memory_footprint()
+    say(f"Filling a cache with {LONG:,} tokens ...")
+    long = _filled(model, book, LONG)
     dense = tensor_bytes([(layer.keys, layer.values) for layer in last["dynamic"].layers])
     return {
         "model": where,
         "codebook": f"{book.model['base_model']}, keys {book.config.key}, values {book.config.value}",
         "prompt_tokens": prompt_tokens,
         "cached_tokens": footprint.tokens,
+        "long": long.to_dict(),
         "questions": [
             {"question": question, "dynamic": answers["dynamic"][i], "antkv": answers["antkv"][i]}
             for i, question in enumerate(questions)
@@ -174,6 +176,10 @@ def format_demo(result: dict[str, Any], as_json: bool = False, width: int = 100)
         ("  codes", "", f"{footprint['codes']:,}"),
         ("  anchors and sinks", "", f"{footprint['anchors'] + footprint['sinks']:,}"),
         ("  exact window and scores", "", f"{footprint['window'] + footprint['scores']:,}"),
+        (
+            f"bytes for {result['long']['tokens']:,} tokens",
+            *(f"{result['long'][n]:,}" for n in ("dense_bytes", "total")),
+        ),
         ("bits per element, past the window", *(f"{side['bits_per_element']:.2f}" for side in (dynamic, antkv))),
         ("exact tokens (all layers and heads)", "all", f"{antkv['exact_tokens']:,}"),
         ("seconds to read the handbook", *(f"{side['reading_seconds']:.1f}" for side in (dynamic, antkv))),
@@ -184,11 +190,24 @@ def format_demo(result: dict[str, Any], as_json: bool = False, width: int = 100)
     lines += [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
     lines += [
         "",
-        f"The window stays exact whatever the length: at {result['cached_tokens']:,} tokens it is most of the cache, "
-        "at 32,000 next to nothing.",
+        f"The window stays exact whatever the length, so the cache is {footprint['compression']:.1f} times smaller at "
+        f"{result['cached_tokens']:,} tokens and {result['long']['compression']:.1f} times at "
+        f"{result['long']['tokens']:,}.",
         f"Tables shared by all caches: {footprint['tables']:,} bytes. The demo took {result['seconds']:.0f} seconds.",
     ]
     return "\n".join(lines)
+
+
+def _filled(model: PreTrainedModel, codebook: AnTKVCodebook, tokens: int) -> MemoryFootprint:
+    """Footprint of a cache of `tokens` tokens: bytes do not depend on what they are, so they are noise."""
+    cache, described = AnTKVCache(model.config, codebook=codebook), codebook.model
+    shape, place = (1, described["kv_heads"], tokens), dict(dtype=model.dtype, device=model.device)
+    for i, layer in enumerate(cache.layers):
+        keys, values = (torch.randn(*shape, described[dim], **place) for dim in ("head_dim", "value_dim"))
+        cache.update(keys, values, i)
+        if isinstance(layer, AnTKVLayer) and layer.storage is not None:
+            layer.storage.commit()  # what attention does once it has scored the tokens
+    return cache.memory_footprint()
 
 
 def _common_prefix(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The text that the demo reads: about 2,300 tokens, written for it."""
+"""The text that the demo reads: about 1,050 tokens, written for it."""
 
 HANDBOOK = """\
 Handbook of the Saltmarsh Lighthouse, for new keepers
@@ -47,50 +47,12 @@ again after an hour. Please write the kind of bird into the brown notebook.
 7. Storms. When the barometer falls below 980, close the shutters on the west side first, then bring the boat into \
 the boat house and tie down everything on the pier. Nobody leaves the house alone in a storm. The highest wave that \
 was ever seen here reached the kitchen window, nine metres above the sea, in the night of 3 February 1953. Keep the \
-radio switched on, fill the lanterns, and make tea. Most storms are over by the morning.
-
-8. Winter. From December to February the path to the pier is strewn with sand every morning, because the stones are \
-covered with ice. The stove in the kitchen burns day and night; the other rooms are heated only in the evening. One \
-basket of wood lasts for about five hours. The wood is stacked behind the engine room, the oldest pieces in front. If \
-the pipes freeze, warm them slowly with wet cloths and never with a flame. The water for the cat is kept next to the \
-stove. In the long nights the keepers play chess, and the winner of the winter is allowed to choose the colour of the \
-boat in the spring. It has been green for six years now, since nobody has been able to beat the cook.
-
-9. Radio and letters. The radio stands on the desk in the office. Every day at seven in the morning and at seven in \
-the evening the keeper on duty reports the weather to the coast guard: wind, sight, waves and pressure, in this order. \
-The report takes less than two minutes. Private calls are possible on Wednesday after eight o'clock. If the radio is \
-silent for more than a day, hoist the yellow flag on the mast, and the fishermen will carry the news to Harrow. The \
-post office of Harrow keeps parcels for three weeks. Newspapers arrive all at once, and it is a custom of the house to \
-read only one of them each day, in the right order, so that the news lasts until the next boat.
-
-10. Tools and repairs. All tools hang on the wall of the workshop, each on its own hook, and the outline of every tool \
-is painted on the wall in white, so that one can see what is missing. Whoever borrows a tool writes his name on the \
-slate by the door. The large saw may only be used by two people. Paint for the tower is ordered in March and applied \
-in May, when the walls are dry. The white paint needs two coats, the red paint on the gallery needs three. Ropes are \
-checked on the first Monday of each month, and a rope that has been repaired twice is not used on the boat any more.
-
-11. The engine. The diesel engine turns the dynamo and the pump. It was made in Bremen and has run since 1967. It is \
-started with compressed air, and the pressure must be at least twelve bar before the valve is opened. The oil is \
-changed every two hundred hours. If the engine knocks, stop it and call Ines Calder, whatever the time. The tank holds \
-1,500 litres, and the level is read on Friday. A second, smaller engine stands in the shed and is good enough for the \
-lamp alone. Ear protection hangs to the left of the door.
-
-12. Health. The medicine chest is in the office, on the upper shelf, and the key hangs under the clock. Burns are \
-cooled with water for fifteen minutes. For every accident, also a small one, a page is written in the grey book. The \
-doctor of Harrow, whose name is Simon Aldous, can be reached by radio at any time. If somebody has to be carried off \
-the island, the helicopter lands on the meadow south of the house; the sheep must be driven behind the wall before \
-it comes, and the laundry must be taken in.
-
-13. The garden and the sheep. Behind the south wall there is a garden with potatoes, beans, onions and a pear tree, \
-which was planted by the first keeper. Seaweed is brought up from the beach in autumn and dug into the ground. There \
-are eleven sheep on the meadow. They are shorn in June, and the wool is sold in Harrow to a weaver called Agnes Roth, \
-who makes blankets of it. Each new keeper is given one of these blankets on the first evening, together with a lantern \
-and this handbook."""
+radio switched on, fill the lanterns, and make tea. Most storms are over by the morning."""
 
 
 QUESTIONS = (
     "How must the glass of the lens be cleaned?",
     "What is the name of the cat?",
-    "Who built the lighthouse?",
+    "Who is the warden of the reserve?",
     "What is the name of the supply boat?",
 )

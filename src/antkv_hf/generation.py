@@ -30,7 +30,11 @@ def antkv_generate(codebook: str | Path | AnTKVCodebook | None = None, config: A
         # generate() has made a cache of its own by now: an empty one, replaced here.
         model_kwargs["past_key_values"] = AnTKVCache(model.config, config, codebook)
         mode = generation_config.get_generation_mode(model_kwargs.get("assistant_model"))
-        decode = getattr(type(model), GENERATION_MODES_MAPPING[mode])
+        decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
+        if decode is None:
+            raise ValueError(
+                f"decoding mode {mode} is not part of this transformers; use greedy, sampling, beams or assisted"
+            )
         return decode(model, input_ids, generation_config=generation_config, **model_kwargs)
 
     return generate

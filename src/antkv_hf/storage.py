@@ -285,7 +285,9 @@ class LayerStorage:
         """Forgets the tokens at indices >= `length`, coded ones included."""
         coded, tail = self.coded_length, max(length - self.coded_length, 0)
         self.tail_keys, self.tail_values = self.tail_keys[:, :, :tail].clone(), self.tail_values[:, :, :tail].clone()
-        self.statistic = self.statistic[:, :, :tail]
+        self.statistic = self.statistic[:, :, :tail].clone()
+        if length == 0:  # another prompt may follow, with other padding
+            self.offset, self.query_moment = torch.zeros_like(self.offset), torch.zeros_like(self.query_moment)
         if length >= coded:
             return
         for name in ("key_codes", "value_codes"):

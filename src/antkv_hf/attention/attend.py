@@ -38,16 +38,23 @@ def attend(
         ``(batch, q_heads, q_len, value_dim)`` in the query's dtype.
 
     Raises:
-        ValueError: if heads, sizes or mask do not fit the snapshot.
+        ValueError: if heads, sizes or mask do not fit the snapshot, or grad is enabled.
     """
     batch, kv_heads = past.tail_keys.shape[:2]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, past.tail_keys, past.tail_values)):
+        raise ValueError(
+            f"attention over {past.length} cached keys was called with grad enabled, and its gradients would vanish: "
+            'use torch.no_grad(), or train with model.set_attn_implementation("sdpa" or "eager") and DynamicCache'
+        )
     if query.shape[0] != batch or query.shape[1] % kv_heads or query.shape[3] != past.tail_keys.shape[3]:
         raise ValueError(
             f"query of shape {tuple(query.shape)} does not fit a cache of batch {batch}, {kv_heads} kv heads "
             f"and head size {past.tail_keys.shape[3]}"
         )
-    if mask is not None and mask.shape[-1] != past.length:
-        raise ValueError(f"the attention mask covers {mask.shape[-1]} keys, but the cache holds {past.length}")
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        if mask.shape[-1] != past.length:
+            raise ValueError(f"the attention mask covers {mask.shape[-1]} keys, but the cache holds {past.length}")
     q_len = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     visibility = Visibility(mask, is_causal and q_len > 1, q_len, past.length)

@@ -34,7 +34,8 @@ class AnTKVCache(Cache):
         config: what to keep; the codebook's own by default. Its codec specs must be the codebook's.
         codebook: tables of this model (not needed for ``AnTKVConfig.preset("identity")``).
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
-            (default) or ``"reset"`` (start afresh; convenient in pipelines).
+            (default) or ``"reset"`` (start afresh; convenient in pipelines). Compared are the tokens of the previous
+            prompt, not those generated after it.
 
     Raises:
         ValueError: codebook of another model, specs that differ, MLA or encoder models, offloading, no layer to
@@ -196,6 +197,8 @@ class AnTKVCache(Cache):
     def _is_user_defined(self, value: bool) -> None:
         """`generate` sets this at its start: the moment to notice a prompt that the cache does not hold."""
         self.__dict__["_user_defined"] = value
+        for layer in self.quantized_layers:  # assisted decoding switches it on again; others never call crop
+            layer.record_past = False
         ids = generate_input_ids() if value else None
         if ids is None:
             return

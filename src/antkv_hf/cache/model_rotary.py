@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from ..rotary import Rotary
+
+_ROPE_IN_SLIDING_LAYERS = ("cohere2", "exaone4", "exaone_moe", "afmoe")  # model types; full attention has none there
 
 
 def model_rotary(config: PreTrainedConfig) -> list[Rotary | None]:
@@ -17,14 +20,22 @@ def model_rotary(config: PreTrainedConfig) -> list[Rotary | None]:
     ``apply_rotary_pos_emb`` to unit vectors. RoPE whose frequencies change with the length (dynamic, longrope) is read
     at its initial ones: keys are still turned back and forth by the same angles, so only fidelity can suffer.
 
+    RoPE of a model type that is not understood gives None for all layers, with a warning.
+
     Raises:
-        ValueError: if the config's model has RoPE in a form that is not understood.
+        ValueError: if channels are paired in a way that `Rotary` cannot say.
     """
     text = config.get_text_config(decoder=True)
     layers = text.num_hidden_layers
     module = _modeling_module(text)
     rotary_class = _rotary_class(module) if module is not None else None
     if rotary_class is None:
+        if fields := [n for n in ("rope_parameters", "rope_theta", "rotary_dim") if getattr(text, n, None)]:
+            warnings.warn(
+                f"the RoPE of {text.model_type} ({fields[0]}={getattr(text, fields[0])}) is not understood: its keys "
+                "are coded after it; calibrate this model with rope='none'",
+                stacklevel=3,
+            )
         return [None] * layers
     try:
         embedding = rotary_class(config=text)
@@ -64,7 +75,7 @@ def _uses_rope(config: PreTrainedConfig, layer: int, layer_type: str) -> bool:
     flags = getattr(config, "no_rope_layers", None)
     if flags:
         return bool(flags[layer])
-    return not (config.model_type == "cohere2" and layer_type == "full_attention")
+    return not (config.model_type.startswith(_ROPE_IN_SLIDING_LAYERS) and layer_type == "full_attention")
 
 
 def _is_interleaved(module, pairs: int) -> bool:

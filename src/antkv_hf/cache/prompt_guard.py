@@ -3,6 +3,9 @@
 transformers trusts a user's cache: with a longer, different prompt it silently writes wrong text. The cache itself
 never sees token ids, but `generate` marks a user's cache (`cache._is_user_defined = True`) while its own frame still
 holds them. Where that frame looks different (another transformers), the guard stays silent; tests pin both.
+
+What is compared is the previous *prompt*: tokens that were generated after it are not checked, nor are calls that
+follow beam search or batch operations.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 1024  # tokens decoded at a time
+MAX_LOGITS = 1 << 24  # logits held at once, 64 MB in float32: a long prefill goes in blocks of queries
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,21 @@ def attention(past, query, visibility: Visibility, scale: float, softcap=None, s
     Returns:
         float32 output ``(batch, kv_heads, group, q_len, value_dim)`` and LSE ``(batch, kv_heads, group, q_len)``.
     """
-    kv_heads = past.tail_keys.shape[1]
-    q = grouped(query, kv_heads)
+    q = grouped(query, past.tail_keys.shape[1])
+    step = max(1, MAX_LOGITS // (query.shape[0] * query.shape[1] * BLOCK))
+    if query.shape[2] <= step:
+        return _attention_of_rows(past, q, visibility, scale, softcap, sink_logit)
+    parts = [
+        _attention_of_rows(past, q[:, :, :, rows], visibility.rows(rows), scale, softcap, sink_logit)
+        for rows in (slice(i, min(i + step, query.shape[2])) for i in range(0, query.shape[2], step))
+    ]
+    out, lse = zip(*parts)
+    return torch.cat(out, 3), torch.cat(lse, 3)
+
+
+def _attention_of_rows(past, q: torch.Tensor, visibility: Visibility, scale: float, softcap, sink_logit):
+    """`attention` of few grouped queries, those that `visibility` speaks of."""
+    kv_heads = q.shape[1]
     first = None if sink_logit is None else sink_logit.view(1, kv_heads, -1, 1)
     softmax = OnlineSoftmax(q.shape[:-1], past.tail_values.shape[-1], q.device, first)
     coded = past.coded_length
@@ -141,8 +155,8 @@ def attention(past, query, visibility: Visibility, scale: float, softcap=None, s
             logits = visibility.apply(logits_of(q, keys, scale, softcap), tokens.positions.long())
             logits = logits.masked_fill((tokens.positions < 0)[:, :, None, None], float("-inf"))
             softmax.add(logits, lambda weights, values=values: weights @ values.float())
-    for start in range(coded, past.length, BLOCK):
-        stop = min(start + BLOCK, past.length)
+    for start in range(coded, visibility.kv_len, BLOCK):  # later keys are hidden from these queries
+        stop = min(start + BLOCK, visibility.kv_len)
         keys, values = (
             past.tail_keys[:, :, start - coded : stop - coded],
             past.tail_values[:, :, start - coded : stop - coded],
