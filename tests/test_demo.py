@@ -11,7 +11,7 @@ import torch
 from helpers import random_codebook
 from test_cli import CHAT, TEXT, character_tokenizer
 
-from antkv_hf import AnTKVCodebook, AnTKVConfig, demo, demo_model
+from antkv_hf import AnTKVCodebook, AnTKVConfig, codebook, demo, demo_model
 from antkv_hf.demo import find_codebook, format_demo, run_demo
 from antkv_hf.demo_model import load_demo_model
 
@@ -33,7 +33,7 @@ def test_demo_on_a_tiny_model(llama, short_handbook):
         say=said.append,
     )
     assert llama.config._attn_implementation == "sdpa"
-    assert [item["question"] for item in result["questions"]] == ["Who?", "When?"] and len(said) == 5
+    assert [item["question"] for item in result["questions"]] == ["Who?", "When?"] and len(said) == 6
     held = result["cached_tokens"]  # the last new token is never fed back
     assert held == result["prompt_tokens"] + 4
     assert result["dynamic"]["bytes"] == held * 3 * 2 * 2 * 16 * 4
@@ -51,7 +51,7 @@ def test_find_codebook(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no codebook 'gpt9-1bit'.*antkv calibrate"):
         find_codebook("gpt9-1bit")
     package = tmp_path / "checkout" / "src" / "antkv_hf"
-    monkeypatch.setattr(demo, "__file__", str(package / "demo.py"))
+    monkeypatch.setattr(codebook, "__file__", str(package / "codebook.py"))
     for place in (package / "codebooks", tmp_path / "checkout" / "codebooks"):  # the checkout wins over the wheel
         (place / "some-1bit").mkdir(parents=True)
         (place / "some-1bit" / "config.json").touch()
