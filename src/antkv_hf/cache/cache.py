@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..anchors import get_score
 from ..attention.backends import select_backend
@@ -18,7 +18,7 @@ from ..codecs import IdentityCodec, LayerCodec
 from ..config import AnTKVConfig
 from . import interface
 from .footprint import MemoryFootprint
-from .layer import AnTKVLayer, LayerPlan
+from .layer import AnTKVLayer, LayerPlan, quantizable_layers
 from .model_rotary import model_rotary
 from .prompt_guard import PromptGuard, generate_input_ids
 
@@ -222,7 +222,7 @@ def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | N
         )
     score = get_score(config.anchors.score)
     layers = list(DynamicCache(config=model_config).layers)
-    plain = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in config.skip_layers]
+    plain = quantizable_layers(layers, config)
     if not plain:
         kinds = dict(Counter(type(layer).__name__ for layer in layers))
         raise ValueError(

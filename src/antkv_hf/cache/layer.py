@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..anchors import AnchorScore
 from ..attention.backends import select_backend
@@ -16,6 +16,11 @@ _NO_TOKENS = (
     "layer {} of AnTKVCache: got 0 new tokens with {} cached; the prompt is empty, or all of it is cached already: "
     "give at least one new token, or call cache.reset()"
 )
+
+
+def quantizable_layers(layers: list, config: AnTKVConfig) -> list[int]:
+    """Indices of transformers' cache `layers` that hold plain full attention and are not skipped."""
+    return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in config.skip_layers]
 
 
 class LayerPlan:

@@ -6,8 +6,9 @@ from collections import Counter
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
+from ..cache.layer import quantizable_layers
 from ..cache.model_rotary import model_rotary
 from ..config import AnTKVConfig
 from ..rotary import Rotary
@@ -35,7 +36,7 @@ def check_model(model: PreTrainedModel) -> None:
 def layers_to_learn(model: PreTrainedModel, config: AnTKVConfig) -> dict[int, Rotary | None]:
     """Full-attention layers that are not skipped, with the RoPE to take off their keys; ValueError if none is."""
     layers = list(DynamicCache(config=model.config).layers)
-    found = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in config.skip_layers]
+    found = quantizable_layers(layers, config)
     if not found:
         kinds = dict(Counter(type(layer).__name__ for layer in layers))
         raise ValueError(

@@ -240,23 +240,11 @@ def choose_anchors(
 def exact_with_lse(query, keys, values, scale, softcap=None, sink_logit=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact causal attention ``(batch, kv_heads, group, n, value_dim)`` and its log-sum-exp ``(..., n)``."""
     n = query.shape[2]
-    codec = LayerCodec(IdentityCodec(), IdentityCodec())
     offset = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
-
-    def past(stop: int) -> Snapshot:
-        return Snapshot(codec, None, None, (), keys[:, :, :stop], values[:, :, :stop], offset)
-
-    if softcap is None and sink_logit is None:
-        answer = exact_attention(past(n), query, Visibility(None, n > 1, n, n), scale)
-        if answer is not None:
-            return answer
-    blocks = []
-    for start in range(0, n, ROWS):
-        stop = min(start + ROWS, n)
-        view = Visibility(None, stop - start > 1, stop - start, stop)
-        blocks.append(reference_attention(past(stop), query[:, :, start:stop], view, scale, softcap, sink_logit))
-    outs, lses = zip(*blocks)
-    return torch.cat(outs, 3), torch.cat(lses, 3)
+    past = Snapshot(LayerCodec(IdentityCodec(), IdentityCodec()), None, None, (), keys, values, offset)
+    view = Visibility(None, n > 1, n, n)
+    answer = exact_attention(past, query, view, scale) if softcap is None and sink_logit is None else None
+    return reference_attention(past, query, view, scale, softcap, sink_logit) if answer is None else answer
 
 
 def windowed_attention(
