@@ -9,7 +9,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never touch the network
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton's interpreter runs the kernels; it must be chosen before they are defined
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:

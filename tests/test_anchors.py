@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -10,6 +12,8 @@ from transformers import DynamicCache
 from antkv_hf import AnTKVCache, AnTKVConfig
 from antkv_hf.anchors import SCORES, TokenContext, anchors_per_chunk, get_score, select_anchors
 from antkv_hf.config import AnchorConfig
+from antkv_hf.reference.attention import Visibility
+from antkv_hf.reference.scores import BLOCK, NEAR_BLOCKS, column_statistic, squared_attention_term
 
 PADDING = 13
 
@@ -111,3 +115,44 @@ def test_unknown_score_names_the_known_ones():
     with pytest.raises(ValueError, match="'h2o' is unknown; choose one of error_aware"):
         get_score("h2o")
     assert set(SCORES) >= {"error_aware", "anchor_score", "random", "none"}
+
+
+def test_query_stride_weighs_by_absolute_index_and_chunks_add_up():
+    """Against the dense map with explicit weights; one pass or chunks; with causality, a mask and left padding."""
+    g = torch.Generator().manual_seed(0)
+    batch, heads, group, n, dim = 2, 2, 2, 900, 16
+    query = torch.randn(batch, heads, group, n, dim, generator=g)
+    keys, values = (torch.randn(batch, heads, n, dim, generator=g) for _ in range(2))
+    first_query = torch.tensor([0, 131])
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    hidden = ~(causal & (torch.arange(n) >= first_query.view(-1, 1, 1)))[:, None, None]
+    logits = (query @ keys.unsqueeze(2).mT * dim**-0.5).masked_fill(hidden, float("-inf"))
+    probs, lse = logits.softmax(-1).nan_to_num(), logits.logsumexp(-1)
+    output = probs @ values.unsqueeze(2)
+    index = torch.arange(n)
+    near = index.unsqueeze(1) // BLOCK - index // BLOCK <= NEAR_BLOCKS
+    mask = ~hidden[:, :, 0]
+    for stride in (1, 5, 8, 200):
+        far = stride * (index % stride == stride - 1).float().unsqueeze(1)
+        weight = torch.where(near, 1.0, far)
+        expected = (probs.square() * weight).sum((2, 3))
+        for first_column in (0, 77):
+            for visibility in (Visibility(None, True, n, n), Visibility(mask, False, n, n)):
+                for cuts in ((0, n), (0, 200, 201, 611, n)):
+                    total = torch.zeros(batch, heads, n - first_column)
+                    for start, stop in pairwise(cuts):
+                        rows, seen = slice(start, stop), stop - first_column
+                        view = Visibility(visibility.mask, visibility.is_causal, n, n).rows(rows)
+                        if view.mask is not None:
+                            view = Visibility(view.mask[..., :stop], False, stop - start, stop)
+                        total[:, :, :seen] += column_statistic(
+                            squared_attention_term, query[:, :, :, rows], keys[:, :, first_column:stop],
+                            values[:, :, first_column:stop], output[:, :, :, rows], lse[:, :, :, rows], view,
+                            first_column, dim**-0.5, first_query=first_query, stride=stride,
+                        )  # fmt: skip
+                    # hidden keys of a sequence's padding are seen in the causal form only
+                    compared = slice(131 - first_column, None) if visibility.mask is None else slice(None)
+                    error = (total - expected[:, :, first_column:])[:, :, compared].abs().max()
+                    assert error <= 1e-5 * expected.max()
+    with pytest.raises(ValueError, match="stride=0 must be at least 1"):
+        column_statistic(squared_attention_term, query, keys, values, output, lse, visibility, 0, 1.0, stride=0)

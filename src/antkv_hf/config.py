@@ -109,14 +109,19 @@ class AnchorConfig:
         fraction: share of each chunk and kv head that is kept, 0 to 1.
         dtype: ``int8`` (a float16 scale per vector) or ``float16``.
         sinks: first tokens of each sequence, always kept in 16 bits (float16, or bfloat16 in a bfloat16 model).
+        query_stride: of the queries more than two blocks of 128 tokens after a token, every how many-th scores it
+            (weighted by as much); nearer ones all do. 1 counts every query.
     """
 
     score: str = "error_aware"
     fraction: float = 0.02
     dtype: str = "int8"
     sinks: int = 4
+    query_stride: int = 1
 
     def __post_init__(self) -> None:
+        if self.query_stride < 1:
+            raise ValueError(f"query_stride={self.query_stride} must be at least 1 (1 counts every query)")
         if not 0.0 <= self.fraction <= 1.0:
             raise ValueError(f"anchor fraction {self.fraction} must lie between 0 and 1 (default 0.02 = 2% of tokens)")
         if self.dtype not in ANCHOR_DTYPES:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from .anchors import AnchorScore, TokenContext, select_anchors
+from .attention.backends import Backend
+from .attention.reference_backend import REFERENCE
 from .codecs import LayerCodec
 from .config import AnTKVConfig
 
@@ -109,7 +111,8 @@ class Snapshot:
 
     Args:
         key_codes, value_codes: ``(batch, kv_heads, coded, width)`` or None while nothing is coded.
-        exact_tokens: sinks and anchors among the coded tokens.
+        exact_tokens: sinks and anchors among the coded tokens; `exact_bits` is uint8
+            ``(batch, kv_heads, ceil(coded / 8))`` with bit ``t % 8`` of byte ``t // 8`` set for each of them.
         tail_keys, tail_values: ``(batch, kv_heads, tail, dim)`` after RoPE, model dtype.
         offset: int64 ``(batch,)``: a token's RoPE position is its index minus this (left padding).
     """
@@ -121,6 +124,7 @@ class Snapshot:
     tail_keys: torch.Tensor
     tail_values: torch.Tensor
     offset: torch.Tensor
+    exact_bits: torch.Tensor | None = None
 
     @property
     def coded_length(self) -> int:
@@ -153,14 +157,10 @@ class Snapshot:
 
     def exact_mask(self) -> torch.Tensor | None:
         """bool ``(batch, kv_heads, coded)``: True where an exact token stands in for the code; None if nowhere."""
-        if not self.exact_tokens or self.key_codes is None:
+        if not self.exact_tokens or self.exact_bits is None:
             return None
-        batch, heads, coded = self.key_codes.shape[:3]
-        mask = torch.zeros(batch, heads, coded + 1, dtype=torch.bool, device=self.key_codes.device)
-        for tokens in self.exact_tokens:  # empty slots (-1) mark the extra column
-            index = tokens.positions.long()
-            mask.scatter_(2, index.masked_fill(index < 0, coded), True)
-        return mask[..., :coded]
+        bits = (self.exact_bits.unsqueeze(-1) >> torch.arange(8, device=self.exact_bits.device)) & 1
+        return bits.flatten(-2)[..., : self.coded_length].bool()
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values as plain tensors ``(batch, kv_heads, length, dim)``: correct everywhere, and large."""
@@ -185,20 +185,27 @@ class LayerStorage:
     `query_moment` is the running (sum of scale^2 |q|^2 / D, count) a kv head, ``(batch, kv_heads, 2)``.
     """
 
-    _BATCHED = ("key_codes", "value_codes", "tail_keys", "tail_values", "statistic", "query_moment", "offset")
+    _BATCHED = (
+        "key_codes", "value_codes", "exact_bits", "tail_keys", "tail_values", "statistic", "query_moment", "offset"
+    )  # fmt: skip
 
-    def __init__(self, codec: LayerCodec, config: AnTKVConfig, score: AnchorScore | None, keys, values):
-        self.codec, self.config = codec, config
+    def __init__(
+        self, codec: LayerCodec, config: AnTKVConfig, score: AnchorScore | None, keys, values,
+        backend: Backend = REFERENCE,
+    ):  # fmt: skip
+        self.codec, self.config, self.backend = codec, config, backend
         self.score = score if config.anchors.enabled else None
         batch, heads = keys.shape[:2]
         self.key_codes: torch.Tensor | None = None
         self.value_codes: torch.Tensor | None = None
         self.sinks: ExactTokens | None = None
         self.anchors: ExactTokens | None = None
+        self.exact_bits: torch.Tensor | None = None
         self.tail_keys, self.tail_values = keys[:, :, :0], values[:, :, :0]
         self.statistic = torch.zeros(batch, heads, 0, device=keys.device)
         self.query_moment = torch.zeros(batch, heads, 2, device=keys.device)
         self.offset = torch.zeros(batch, dtype=torch.int64, device=keys.device)
+        self.max_offset = 0  # of the batch, on the host: most prompts have no padding, and asking the device waits
 
     @property
     def coded_length(self) -> int:
@@ -211,8 +218,9 @@ class LayerStorage:
     def snapshot(self) -> Snapshot:
         exact = tuple(tokens for tokens in (self.sinks, self.anchors) if tokens is not None)
         return Snapshot(
-            self.codec, self.key_codes, self.value_codes, exact, self.tail_keys, self.tail_values, self.offset
-        )
+            self.codec, self.key_codes, self.value_codes, exact, self.tail_keys, self.tail_values, self.offset,
+            self.exact_bits,
+        )  # fmt: skip
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Adds new tokens ``(batch, kv_heads, n, dim)`` to the tail."""
@@ -232,6 +240,7 @@ class LayerStorage:
         for name, parts in zip(("key_codes", "value_codes"), zip(*codes)):
             old = getattr(self, name)
             setattr(self, name, torch.cat([*([] if old is None else [old]), *parts], 2))
+        self._mark_exact()
         # clone: a slice would keep the whole old tail alive
         self.tail_keys, self.tail_values = self.tail_keys[:, :, ready:].clone(), self.tail_values[:, :, ready:].clone()
         self.statistic = self.statistic[:, :, ready:].clone()
@@ -239,23 +248,22 @@ class LayerStorage:
     def _encode(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.tail_keys[:, :, start:stop], self.tail_values[:, :, start:stop]
         indices = self.coded_length + torch.arange(start, stop, device=keys.device)
-        positions = indices - self.offset.unsqueeze(1)
-        plain = self.codec.plain_keys(keys, positions)
-        key_codes, value_codes = self.codec.key.encode(plain), self.codec.value.encode(values)
-        self._keep_sinks(indices, keys, values)
+        coded = self.backend.encode(self.codec, keys, values, self.coded_length + start, self.offset)
+        self._keep_sinks(start, indices, keys, values)
         if self.score is not None:
+            positions = indices - self.offset.unsqueeze(1)
             scale = 1.0 if self.codec.rotary is None else self.codec.rotary.scaling
-            moment, count = self.query_moment.unbind(-1)
-            statistic = self.statistic[:, :, start:stop] if self.score.term is not None else None
-            if statistic is not None and not count.any():  # no query was seen (materialised lane): errors alone decide
-                statistic = torch.ones_like(statistic)
+            moment, count = self.query_moment.unsqueeze(2).unbind(-1)  # (batch, kv_heads, 1)
+            statistic = None
+            if self.score.term is not None:  # if no query was seen (materialised lane), errors alone decide
+                statistic = torch.where(count > 0, self.statistic[:, :, start:stop], 1.0)
             context = TokenContext(
                 statistic=statistic,
                 keys=keys,
                 values=values,
-                key_error=(self.codec.key.decode(key_codes) - plain).float().square().sum(-1) * scale**2,
-                value_error=(self.codec.value.decode(value_codes) - values).float().square().sum(-1),
-                logit_variance=(moment / count.clamp_min(1)).unsqueeze(-1),
+                key_error=coded.key_error * scale**2,
+                value_error=coded.value_error,
+                logit_variance=moment / count.clamp_min(1),
                 positions=positions,
             )
             # Padding is never attended to and sinks are exact already: neither may take a place.
@@ -267,13 +275,15 @@ class LayerStorage:
             dtype = torch.int8 if self.config.anchors.dtype == "int8" else torch.float16
             new = ExactTokens.store(index, *_gather(best, keys, values), dtype, self.codec, self.offset)
             self.anchors = new if self.anchors is None else self.anchors.append(new)
-        return key_codes, value_codes
+        return coded.key_codes, coded.value_codes
 
-    def _keep_sinks(self, indices: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        count = self.config.anchors.sinks
+    def _keep_sinks(self, start: int, indices: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        count, first = self.config.anchors.sinks, self.coded_length + start
+        if count == 0 or first >= self.max_offset + count:
+            return
         wanted = self.offset.unsqueeze(1) + torch.arange(count, device=keys.device)  # (batch, sinks)
         here = (wanted >= indices[0]) & (wanted <= indices[-1])
-        if not here.any():
+        if self.max_offset and not here.any():  # a chunk of nothing but padding
             return
         local = (wanted - indices[0]).clamp(0, len(indices) - 1).unsqueeze(1).expand(-1, keys.shape[1], -1)
         index = wanted.masked_fill(~here, -1).unsqueeze(1).expand(-1, keys.shape[1], -1)
@@ -288,6 +298,7 @@ class LayerStorage:
         self.statistic = self.statistic[:, :, :tail].clone()
         if length == 0:  # another prompt may follow, with other padding
             self.offset, self.query_moment = torch.zeros_like(self.offset), torch.zeros_like(self.query_moment)
+            self.max_offset = 0
         if length >= coded:
             return
         for name in ("key_codes", "value_codes"):
@@ -295,6 +306,22 @@ class LayerStorage:
             setattr(self, name, codes[:, :, :length].clone() if length else None)
         self.sinks = None if self.sinks is None else self.sinks.crop(length)
         self.anchors = None if self.anchors is None else self.anchors.crop(length)
+        self._mark_exact()
+
+    def _mark_exact(self) -> None:
+        """Rebuilds `exact_bits` from the positions of sinks and anchors."""
+        if self.key_codes is None:
+            self.exact_bits = None
+            return
+        batch, heads, coded = self.key_codes.shape[:3]
+        size = -(-coded // 8) * 8
+        mask = torch.zeros(batch, heads, size + 8, dtype=torch.uint8, device=self.key_codes.device)
+        for tokens in (self.sinks, self.anchors):
+            if tokens is not None:  # empty slots (-1) mark the extra byte
+                index = tokens.positions.long()
+                mask.scatter_(2, index.masked_fill(index < 0, size), 1)
+        weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
+        self.exact_bits = (mask[..., :size].unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 
     def map_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Applies `change` (a selection or repetition along dimension 0) to every buffer."""
@@ -312,7 +339,7 @@ class LayerStorage:
 
         return {
             "codes": size(self.key_codes, self.value_codes),
-            "anchors": 0 if self.anchors is None else self.anchors.memory_bytes(),
+            "anchors": size(self.exact_bits) + (0 if self.anchors is None else self.anchors.memory_bytes()),
             "sinks": 0 if self.sinks is None else self.sinks.memory_bytes(),
             "window": size(self.tail_keys, self.tail_values),
             "scores": size(self.statistic, self.query_moment, self.offset),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..reference.attention import Visibility, grouped
-from ..reference.scores import column_statistic
+from ..reference.attention import Visibility
 from ..storage import LayerStorage, Snapshot
-from .backends import BACKENDS
-from .exact import exact_attention
+from .backends import Backend
+from .reference_backend import REFERENCE
 
 
 def attend(
@@ -20,7 +19,7 @@ def attend(
     is_causal: bool = False,
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
-    backend: str = "reference",
+    backend: Backend = REFERENCE,
     observer: LayerStorage | None = None,
     commit: bool = False,
 ) -> torch.Tensor:
@@ -58,41 +57,37 @@ def attend(
     q_len = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     visibility = Visibility(mask, is_causal and q_len > 1, q_len, past.length)
-    plain = past.coded_length == 0 and softcap is None and sink_logit is None
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # sums and scores stay in float32
-        answer = exact_attention(past, query, visibility, scale) if plain else None
-        if answer is None:
-            answer = BACKENDS[backend](past, query, visibility, scale, softcap, sink_logit)
-        out, lse = answer
+        out, lse = backend.attention(past, query, visibility, scale, softcap, sink_logit)
         if observer is not None and observer.tail_keys is past.tail_keys:  # else an old snapshot, encoded since
-            observe(observer, past, query, out, lse, visibility, scale, softcap)
+            observe(observer, backend, past, query, out, lse, visibility, scale, softcap)
             if commit:
                 observer.commit()
     return out.flatten(1, 2).to(query.dtype)
 
 
-def observe(storage: LayerStorage, past: Snapshot, query, out, lse, visibility: Visibility, scale, softcap) -> None:
+def observe(
+    storage: LayerStorage, backend: Backend, past: Snapshot, query, out, lse, visibility: Visibility, scale, softcap
+) -> None:
     """Adds what these queries say of the tail tokens to the storage's running statistic."""
     first_query = None
     if visibility.mask is not None:
         # The padding of a sequence is open until its first real token is encoded, and fixed from then on.
-        padding = padding_of(visibility.mask, past.tail_keys.shape[0])
-        storage.offset = torch.where(storage.offset >= storage.coded_length, padding, storage.offset)
+        if storage.max_offset >= storage.coded_length:
+            padding = padding_of(visibility.mask, past.tail_keys.shape[0])
+            storage.offset = torch.where(storage.offset >= storage.coded_length, padding, storage.offset)
+            storage.max_offset = int(storage.offset.max())
         if visibility.mask.shape[2] > 1:
             first_query = storage.offset
     if storage.score is None:
         return
-    q = grouped(query, past.tail_keys.shape[1])
-    moment = q.square().sum(-1) * (scale**2 / q.shape[-1])
-    counted = torch.ones_like(moment)
-    if first_query is not None:
-        columns = torch.arange(past.length - visibility.q_len, past.length, device=q.device)
-        counted = (columns >= first_query.unsqueeze(1))[:, None, None].expand_as(moment).float()
-    storage.query_moment = storage.query_moment + torch.stack([(moment * counted).sum((2, 3)), counted.sum((2, 3))], -1)
+    kv_heads = past.tail_keys.shape[1]
+    moment = backend.query_moment(query, kv_heads, scale, first_query, past.length)
+    storage.query_moment = storage.query_moment + moment
     if storage.score.term is not None:
-        storage.statistic = storage.statistic + column_statistic(
-            storage.score.term, q, past.tail_keys, past.tail_values, out, lse, visibility, past.coded_length,
-            scale, softcap, first_query,
+        storage.statistic = storage.statistic + backend.column_statistic(
+            storage.score.term, past, query, out, lse, visibility, scale, softcap, first_query,
+            storage.config.anchors.query_stride,
         )  # fmt: skip
 
 

@@ -1,32 +1,105 @@
-"""Which implementation answers: chosen once for each device, reported, overridable."""
+"""Which implementation answers: chosen once a layer, reported, overridable."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from typing import NamedTuple, Protocol
 
 import torch
 
-from ..reference.attention import attention as reference_attention
+from ..codecs import IdentityCodec, LayerCodec
 
-# name -> attention function with the signature of `reference.attention.attention`
-BACKENDS: dict[str, Callable] = {"reference": reference_attention}
 KNOWN = ("auto", "reference", "triton", "cuda")
+CALLS: Counter[str] = Counter()  # "<backend>.<operation>" -> calls since the start of the process
+
+
+class Encoded(NamedTuple):
+    """Codes ``(batch, kv_heads, n, width)`` and squared errors |x - decoded|^2, float32 ``(batch, kv_heads, n)``.
+
+    Keys are compared before RoPE.
+    """
+
+    key_codes: torch.Tensor
+    value_codes: torch.Tensor
+    key_error: torch.Tensor
+    value_error: torch.Tensor
+
+
+class Backend(Protocol):
+    """What a layer asks of an implementation; `ReferenceBackend` says in PyTorch what each answer is."""
+
+    name: str
+
+    def attention(self, past, query, visibility, scale, softcap=None, sink_logit=None):
+        """Output ``(batch, kv_heads, group, q_len, value_dim)`` and LSE: see `reference.attention.attention`."""
+        ...
+
+    def column_statistic(
+        self, term, past, query, out, lse, visibility, scale, softcap, first_query, stride
+    ) -> torch.Tensor:
+        """What the tail's tokens received, ``(batch, kv_heads, tail)``: see `reference.scores.column_statistic`."""
+        ...
+
+    def query_moment(self, query, kv_heads, scale, first_query, kv_len) -> torch.Tensor:
+        """``(batch, kv_heads, 2)``: see `reference.scores.query_moment`."""
+        ...
+
+    def encode(self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor) -> Encoded:
+        """Codes of `keys` (after RoPE) and `values` ``(batch, kv_heads, n, dim)``, the tokens from index `start` on."""
+        ...
 
 
 def select_backend(requested: str, device: torch.device) -> str:
     """Name of the backend to use on `device`; the environment variable ANTKV_BACKEND wins over `requested`.
 
+    ``auto`` is ``triton`` on a GPU where Triton is installed, else ``reference``.
+
     Raises:
-        ValueError: for a name that does not exist, or a backend that is not in this version.
+        ValueError: for a name that does not exist, or a backend that cannot run there.
     """
     name = os.environ.get("ANTKV_BACKEND", requested)
     if name not in KNOWN:
         raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(KNOWN)}")
+    obstacle = _obstacle_to_triton(device)
     if name == "auto":
-        return "reference"
-    if name not in BACKENDS:
+        return "triton" if obstacle is None and device.type == "cuda" else "reference"
+    if name == "triton" and obstacle:
+        raise ValueError(f"backend 'triton' is not available on {device}: {obstacle}; use 'reference' or 'auto'")
+    if name == "cuda":
         raise ValueError(
-            f"backend {name!r} is not available on {device} in this version; available: {', '.join(BACKENDS)}"
+            f"backend 'cuda' is not available on {device} in this version; use 'triton', 'reference' or 'auto'"
         )
     return name
+
+
+def make_backend(requested: str, codec: LayerCodec, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend of a layer whose keys are in `dtype` on `device`.
+
+    Raises:
+        ValueError: as `select_backend`, or if ``triton`` was asked for by name and has no kernel for the codec.
+    """
+    from .reference_backend import REFERENCE
+
+    name = select_backend(requested, device)
+    if name == "reference" or isinstance(codec.key, IdentityCodec):
+        return REFERENCE
+    from .triton_backend import TritonBackend, UnsupportedTables
+
+    try:
+        return TritonBackend(codec, dtype)
+    except UnsupportedTables as reason:
+        if os.environ.get("ANTKV_BACKEND", requested) == "triton":
+            raise
+        warnings.warn(f"slow attention in PyTorch: {reason}", stacklevel=2)
+        return REFERENCE
+
+
+def _obstacle_to_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "Triton needs a GPU (or TRITON_INTERPRET=1, to test)"

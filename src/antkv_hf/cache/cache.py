@@ -110,7 +110,9 @@ class AnTKVCache(Cache):
     def backend(self) -> str:
         """Backend in use; before the first update, the one that a CPU would get."""
         first = self.quantized_layers[0]
-        return first.backend if first.is_initialized else select_backend(self.antkv_config.backend, torch.device("cpu"))
+        if first.storage is not None:
+            return first.storage.backend.name
+        return select_backend(self.antkv_config.backend, torch.device("cpu"))
 
     def memory_footprint(self) -> MemoryFootprint:
         """Bytes that the cache takes, all counted, and bits per element; see `MemoryFootprint`."""
@@ -130,7 +132,7 @@ class AnTKVCache(Cache):
                 coded_elements += storage.coded_length * width
                 elements += storage.length * width
                 dense += storage.length * width * keys.element_size()
-                tables += storage.codec.key.memory_bytes() + storage.codec.value.memory_bytes()
+                tables += storage.codec.memory_bytes()
         first = self.quantized_layers[0]
         batch = max(first.batch_size, 0)
         coded = 0 if first.storage is None else first.storage.coded_length

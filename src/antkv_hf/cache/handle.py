@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..attention.attend import attend
+from ..attention.backends import Backend
 from ..storage import LayerStorage, Snapshot
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -24,7 +25,7 @@ _EVERYTHING = slice(None)
 class SharedSnapshot:
     """The snapshot behind a pair of handles, with what they share: backend, observing storage, dense copy."""
 
-    def __init__(self, snapshot: Snapshot, backend: str, observer: LayerStorage | None, commit: bool):
+    def __init__(self, snapshot: Snapshot, backend: Backend, observer: LayerStorage | None, commit: bool):
         self.snapshot, self.backend, self.observer, self.commit = snapshot, backend, observer, commit
         self._dense: dict[str, torch.Tensor] | None = None
 

@@ -7,12 +7,13 @@ work in this one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..attention.attend import attend
 from ..codecs import IdentityCodec, LayerCodec
@@ -46,6 +47,12 @@ def antkv_attention_forward(
     if isinstance(key, KVHandle):
         out = key.shared.attend(query, attention_mask, **options)
     elif softcap is None and s_aux is None:
+        if (
+            options["is_causal"] and query.shape[2] < key.shape[2]
+        ):  # `antkv_mask` left it out; sdpa counts from the start
+            length, past = query.shape[2], key.shape[2] - query.shape[2]
+            attention_mask = torch.ones(length, past + length, dtype=torch.bool, device=query.device).tril(past)
+            attention_mask = attention_mask[None, None]
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
@@ -59,6 +66,32 @@ def _plain(keys: torch.Tensor, values: torch.Tensor) -> Snapshot:
     return Snapshot(codec, None, None, (), keys, values, torch.zeros(keys.shape[0], dtype=torch.int64))
 
 
+def antkv_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs,
+) -> torch.Tensor | None:
+    """transformers' sdpa mask, but None for every chunk without padding.
+
+    The sdpa mask is right for every family (flash attention's 2-D one is not, on Llama 4 and Gemma 4). This lane counts
+    causality from the end, and the mask of an 8K chunk after 128K tokens would take a gigabyte.
+    """
+    plain = allow_is_causal_skip and mask_function is causal_mask_function and local_size is None and kv_offset == 0
+    newest = isinstance(q_offset, int) and q_offset + q_length == kv_length
+    if plain and newest and (attention_mask is None or bool(attention_mask[:, :kv_length].all())):
+        return None
+    return sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,  # type: ignore[arg-type]
+        allow_is_causal_skip, **kwargs,
+    )  # fmt: skip
+
+
 AttentionInterface.register(NAME, antkv_attention_forward)
-# The sdpa mask is right for every family (flash attention's 2-D mask is not, on Llama 4 and Gemma 4).
-AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionMaskInterface.register(NAME, antkv_mask)

@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..anchors import AnchorScore
-from ..attention.backends import select_backend
+from ..attention.backends import make_backend
 from ..codecs import LayerCodec
 from ..config import AnTKVConfig
 from ..storage import LayerStorage
@@ -56,7 +56,6 @@ class AnTKVLayer(CacheLayerMixin):
         self.plan = plan
         self.storage: LayerStorage | None = None
         self.record_past = False
-        self.backend = "none"
 
     @property
     def _stored(self) -> LayerStorage:
@@ -65,10 +64,9 @@ class AnTKVLayer(CacheLayerMixin):
         return self.storage
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        backend = select_backend(self.plan.config.backend, key_states.device)
         codec = self.plan.codec(key_states.device, key_states.shape[1], key_states.shape[3], value_states.shape[3])
-        self.storage = LayerStorage(codec, self.plan.config, self.plan.score, key_states, value_states)
-        self.backend = backend
+        backend = make_backend(self.plan.config.backend, codec, key_states.device, key_states.dtype)
+        self.storage = LayerStorage(codec, self.plan.config, self.plan.score, key_states, value_states, backend)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -90,7 +88,7 @@ class AnTKVLayer(CacheLayerMixin):
             if not self.record_past:
                 storage.commit()
             storage.append(key_states, value_states)
-        shared = SharedSnapshot(storage.snapshot(), self.backend, storage, commit=not self.record_past)
+        shared = SharedSnapshot(storage.snapshot(), storage.backend, storage, commit=not self.record_past)
         return KVHandle.pair(shared)
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ class LayerCodec:
     key: Codec
     value: Codec
     rotary: Rotary | None = None
+    kernel_tables: dict[torch.dtype, Any] = field(default_factory=dict, repr=False)  # filled by `attention.tables`
 
     def __deepcopy__(self, memo: dict) -> LayerCodec:
         return self  # immutable: a copied cache shares the tables
@@ -36,3 +38,14 @@ class LayerCodec:
     def decode_keys(self, codes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys after RoPE that the codes at `positions` ``(batch, n)`` stand for."""
         return self.rotated_keys(self.key.decode(codes), positions)
+
+    def memory_bytes(self) -> int:
+        """Bytes of all tables, kernels' copies included."""
+        kernel = {
+            id(t): t.numel() * t.element_size()
+            for tables in self.kernel_tables.values()
+            for table in tables
+            for t in table
+            if isinstance(t, torch.Tensor)
+        }
+        return self.key.memory_bytes() + self.value.memory_bytes() + sum(kernel.values())

@@ -144,8 +144,9 @@ def _bits_with_anchors(config: AnTKVConfig, facts: dict[str, Any]) -> float:
     assert config.key is not None and config.value is not None
     codes = config.key.bytes_per_vector(key) + config.value.bytes_per_vector(value)
     anchor = (key + value + 4 if config.anchors.dtype == "int8" else 2 * (key + value)) + 4
+    bitmap = 1 / 8 if config.anchors.enabled or config.anchors.sinks else 0.0  # which tokens are exact
     share = anchors_per_chunk(config.anchors.fraction, config.chunk) / config.chunk if config.anchors.enabled else 0.0
-    return 8 * (codes + share * anchor) / (key + value)
+    return 8 * (codes + bitmap + share * anchor) / (key + value)
 
 
 def _table_bytes(spec: VQSpec, head_dim: int) -> int:

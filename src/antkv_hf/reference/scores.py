@@ -6,6 +6,8 @@ v, o and the LSE, never the n x n map.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -14,6 +16,9 @@ from .attention import Visibility, logits_of
 
 # Queries and keys at a time. Small blocks stay in a CPU's cache and leave out most of what causality hides.
 ROWS, COLUMNS = 256, 256
+# With a query stride > 1 every query of a key's own BLOCK and of the NEAR_BLOCKS after it still counts: a token's own
+# neighbourhood decides most.
+BLOCK, NEAR_BLOCKS = 128, 2
 
 
 class ColumnTerm(Protocol):
@@ -57,8 +62,13 @@ def column_statistic(
     softcap: float | None = None,
     first_query: torch.Tensor | None = None,
     last_query: torch.Tensor | None = None,
+    stride: int = 1,
 ) -> torch.Tensor:
     """Sums `term` over queries for the keys at columns ``first_column, first_column + 1, ...``.
+
+    A query at key column i weighs for the key at column j: 1 if ``i // BLOCK - j // BLOCK <= NEAR_BLOCKS``; otherwise
+    `stride` if ``i % stride == stride - 1``, and 0 if not. Only absolute indices count, so that a prompt in chunks
+    gives the sums of one pass.
 
     Args:
         query: grouped float32 ``(batch, kv_heads, group, q_len, head_dim)``; output and lse of the same attention,
@@ -66,34 +76,89 @@ def column_statistic(
         keys, values: exact ``(batch, kv_heads, n, dim)``.
         first_query: index of each sequence's first real query ``(batch,)``; padded ones before it do not count.
         last_query: index of the last query that counts for each key ``(n,)``, in key columns (streaming protocols).
+        stride: of the queries that count for keys far before them, >= 1; 1 counts every query.
 
     Returns:
         float32 ``(batch, kv_heads, n)``.
+
+    Raises:
+        ValueError: if `stride` is below 1.
     """
+    if stride < 1:
+        raise ValueError(f"stride={stride} must be at least 1: every stride-th query counts, 1 counts all")
     batch, kv_heads, _, q_len, _ = query.shape
     past, causal = visibility.kv_len - visibility.q_len, visibility.is_causal and visibility.mask is None
+    index = torch.arange(past, visibility.kv_len, device=keys.device)  # key columns of the queries
+    unseen = lse == float("-inf")
+    if first_query is not None:
+        unseen = unseen | (index < first_query.unsqueeze(1))[:, None, None]
+    lse = lse.masked_fill(unseen, float("inf"))  # so that their probabilities are 0
     out = torch.zeros(batch, kv_heads, keys.shape[2], device=keys.device)
-    for row in range(0, q_len, ROWS):
-        rows = slice(row, min(row + ROWS, q_len))
-        q, o, row_lse = query[:, :, :, rows], output[:, :, :, rows], lse[:, :, :, rows]
-        view = visibility.rows(rows)
-        index = torch.arange(past + row, past + rows.stop, device=keys.device)  # key columns of these queries
-        unseen = row_lse == float("-inf")
-        if first_query is not None:
-            unseen = unseen | (index < first_query.unsqueeze(1))[:, None, None]
-        if unseen.any():
-            row_lse = row_lse.masked_fill(unseen, float("inf"))  # so that their probabilities are 0
-        for start in range(0, keys.shape[2], COLUMNS):
-            stop = min(start + COLUMNS, keys.shape[2])
-            if causal and first_column + start >= past + rows.stop:
-                break  # these keys come after every query of the block
-            logits = logits_of(q, keys[:, :, start:stop], scale, softcap)
-            if not causal or first_column + stop > past + row + 1:  # else every query sees every key of the block
-                logits = view.apply(logits, slice(first_column + start, first_column + stop))
-            probs = logits.sub_(row_lse.unsqueeze(-1)).exp_()
+    for columns in _column_blocks(keys.shape[2], first_column, stride):
+        first, stop = first_column + columns.start, first_column + columns.stop
+        near_end = (first // BLOCK + NEAR_BLOCKS + 1) * BLOCK  # of every column of the block, where stride > 1
+        for rows, weight in _row_blocks(near_end, past, q_len, stride):
+            if causal and first >= past + rows.stop:
+                continue  # these keys come after every query of the block
+            q = query[:, :, :, rows]
+            logits = logits_of(q, keys[:, :, columns], scale, softcap)
+            if not causal or stop > past + rows.start + 1:  # else every query sees every key of the block
+                logits = _rows_of(visibility, rows).apply(logits, slice(first, stop))
+            probs = logits.sub_(lse[:, :, :, rows].unsqueeze(-1)).exp_()
             if last_query is not None:
-                probs = probs * (index.unsqueeze(1) <= last_query[start:stop])
-            out[:, :, start:stop] += term(
-                probs.flatten(2, 3), q.flatten(2, 3), values[:, :, start:stop].float(), o.flatten(2, 3)
-            )
+                probs = probs * (index[rows].unsqueeze(1) <= last_query[columns])
+            part = term(
+                probs.flatten(2, 3), q.flatten(2, 3), values[:, :, columns].float(),
+                output[:, :, :, rows].flatten(2, 3),
+            )  # fmt: skip
+            out[:, :, columns] += part if weight == 1 else weight * part
     return out
+
+
+def _column_blocks(n: int, first_column: int, stride: int) -> Iterator[slice]:
+    """Slices of the `n` keys; with a stride the keys of a slice lie in one BLOCK, so that the same queries are near."""
+    if stride == 1:
+        cuts = [*range(0, n, COLUMNS), n]
+    else:
+        cuts = [0, *range(BLOCK - first_column % BLOCK, n, BLOCK), n]
+    return (slice(start, stop) for start, stop in pairwise(cuts) if start < stop)
+
+
+def _row_blocks(near_end: int, past: int, q_len: int, stride: int) -> Iterator[tuple[slice, int]]:
+    """Slices of the queries with their weight: all those before column `near_end`, then every `stride`-th."""
+    near = q_len if stride == 1 else min(max(near_end - past, 0), q_len)
+    for row in range(0, near, ROWS):
+        yield slice(row, min(row + ROWS, near)), 1
+    first = near + (stride - 1 - past - near) % stride
+    for row in range(first, q_len, ROWS * stride):
+        yield slice(row, min(row + ROWS * stride, q_len), stride), stride
+
+
+def _rows_of(visibility: Visibility, rows: slice) -> Visibility:
+    """As `Visibility.rows`, also for a slice with a step; such queries are far, so that only a mask can hide keys."""
+    if rows.step is None:
+        return visibility.rows(rows)
+    mask = visibility.mask
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, rows]
+    return Visibility(mask, False, len(range(rows.start, rows.stop, rows.step)), visibility.kv_len)
+
+
+def query_moment(
+    query: torch.Tensor, scale: float, first_query: torch.Tensor | None = None, kv_len: int = 0
+) -> torch.Tensor:
+    """Sum over the group and queries of ``scale^2 |q|^2 / D``, and how many there were: the variance of a logit.
+
+    Args:
+        query: grouped float32 ``(batch, kv_heads, group, q_len, head_dim)``; the last one has key index ``kv_len - 1``.
+        first_query: index of each sequence's first real query ``(batch,)``; padded ones before it do not count.
+
+    Returns:
+        float32 ``(batch, kv_heads, 2)``.
+    """
+    moment = query.square().sum(-1) * (scale**2 / query.shape[-1])
+    counted = torch.ones_like(moment)
+    if first_query is not None:
+        index = torch.arange(kv_len - query.shape[3], kv_len, device=query.device)
+        counted = (index >= first_query.unsqueeze(1))[:, None, None].expand_as(moment).float()
+    return torch.stack([(moment * counted).sum((2, 3)), counted.sum((2, 3))], -1)

@@ -1,0 +1,401 @@
+"""Decode attention: a few query tokens over codes, exact tokens and the recent window, split over tokens.
+
+One launch does all the attending: some programs stream codes, some the exact tokens and the window. A second, small one
+merges their partial results by log-sum-exp, applies the basis and mean of the values once a query, and returns the LSE.
+
+    o_i = (sum_{j coded} p_ij y_j) S + (sum_{j coded} p_ij) mean + sum_{j exact or recent} p_ij v_j,
+    p_ij = exp(softcap(scale q_i . k_j) - lse_i)
+
+Keys are coded before RoPE. With R(t) the rotation to position t and s the position of a tile's first token,
+``q . R(s + r) k = (R(-s) q) . (R(r) k)``: the query is turned once a tile, keys by a table that every tile shares.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tables
+from .checks import head_block, mask_arguments, require
+from .merge_splits import merge_splits
+from .past import ExactTokens, QuantizedPast
+from .softmax import dot, masked_logits, softmax_step
+from .tiles import first_codes, gather_latent, sin_cos, turned
+
+TURNS = tl.constexpr(tables.TURNS)
+MIN_SHARE = 256  # coded tokens a program has at least
+# Programs an SM; two run at a time (registers). With few heads whole waves of them, with many heads so many that the
+# last wave matters little.
+FEW_PROGRAMS, LONG_PROGRAMS, MANY_PROGRAMS = 2, 4, 16
+LONG = 65536  # coded tokens from which two waves are better than one
+MIN_ROWS = 8  # of a tile: the least N of a tensor-core dot
+MAX_ROWS = 64  # query heads of a group x query tokens: more rows are a prefill
+
+
+@triton.jit
+def attend_codes(
+    qx, qy, first, last, p_key_row, p_value_row, p_bits, p_key_table, p_value_table, p_turns, frequency, m_pair,
+    mean_x, mean_y, offset, p_mask, stride_mask_h, stride_mask_q, stride_mask_n, head_of_row, query_of_row, m_row,
+    softcap, maximum, acc,
+    K_GROUPS: tl.constexpr, K_STAGES: tl.constexpr, K_BITS: tl.constexpr, K_SUB: tl.constexpr, K_WIDTH: tl.constexpr,
+    V_GROUPS: tl.constexpr, V_STAGES: tl.constexpr, V_BITS: tl.constexpr, V_SUB: tl.constexpr, V_WIDTH: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    ROTATES: tl.constexpr, HAS_EXACT: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Adds the coded tokens ``first..last-1`` to the online softmax; `acc` [BDV, BR] is in the values' latent basis."""
+    r = tl.arange(0, BN)
+    if ROTATES:
+        # All tiles turn keys by the same table; the query is turned to the tile's first token, BN positions a step.
+        pair, xy = tl.arange(0, BD // 2), tl.arange(0, 2)
+        p_turn = p_turns + r[:, None, None] * D + pair[None, :, None] * 2 + xy[None, None, :]  # [BN, BD / 2, 2]
+        frequency = frequency[:, None]
+        sin_s, cos_s = sin_cos((first - offset).to(tl.float32) * frequency)  # [BD / 2, 1]
+        sin_step, cos_step = sin_cos(BN * frequency)
+    weights = tl.zeros([BN, qx.shape[1]], tl.float32)
+    row = (first + r).to(tl.int64)
+    m_n = first + r < last
+    # Codes come from far away: those of the next tile are asked for before this tile is worked on.
+    key_codes = first_codes(p_key_row + row * K_WIDTH, m_n, K_GROUPS, BD // K_SUB, K_STAGES, K_BITS, K_WIDTH)
+    value_codes = first_codes(p_value_row + row * V_WIDTH, m_n, V_GROUPS, BDV // V_SUB, V_STAGES, V_BITS, V_WIDTH)
+    for start_n in range(first, last, BN):
+        n = start_n + r
+        m_n = n < last
+        row = n.to(tl.int64)
+        m_next = n + BN < last
+        next_keys = first_codes(
+            p_key_row + (row + BN) * K_WIDTH, m_next, K_GROUPS, BD // K_SUB, K_STAGES, K_BITS, K_WIDTH
+        )
+        next_values = first_codes(
+            p_value_row + (row + BN) * V_WIDTH, m_next, V_GROUPS, BDV // V_SUB, V_STAGES, V_BITS, V_WIDTH
+        )
+        key = gather_latent(
+            p_key_row + row * K_WIDTH, m_n, key_codes, p_key_table, K_GROUPS, BD // K_SUB, K_STAGES, K_BITS, K_SUB,
+            K_WIDTH,
+        )  # fmt: skip
+        value = gather_latent(
+            p_value_row + row * V_WIDTH, m_n, value_codes, p_value_table, V_GROUPS, BDV // V_SUB, V_STAGES, V_BITS,
+            V_SUB, V_WIDTH,
+        )  # fmt: skip
+        key_codes, value_codes = next_keys, next_values
+        kx, ky = tl.split(tl.reshape(key, [BN, BD // 2, 2]))
+        # In the tables' dtype: what float16 rounds here, it would round on the way into the dot.
+        kx = kx.to(DTYPE) + mean_x[None, :].to(DTYPE)
+        ky = ky.to(DTYPE) + mean_y[None, :].to(DTYPE)
+        qx_s, qy_s = qx, qy
+        if ROTATES:
+            turn = tl.load(p_turn, mask=m_pair[None, :, None], other=0.0) if BD != D else tl.load(p_turn)
+            cos_r, sin_r = tl.split(turn)
+            kx, ky = turned(kx, ky, cos_r, sin_r)
+            qx_s, qy_s = turned(qx, qy, cos_s, -sin_s)
+            cos_s, sin_s = turned(cos_s, sin_s, cos_step, sin_step)
+        logits = tl.zeros([BN, qx.shape[1]], tl.float32)
+        logits = dot(kx, qx_s.to(DTYPE), logits, DTYPE)
+        logits = dot(ky, qy_s.to(DTYPE), logits, DTYPE)
+        if HAS_EXACT:
+            bits = tl.load(p_bits + row // 8, mask=m_n, other=0)
+            m_n = m_n & (((bits >> (n % 8).to(tl.uint8)) & 1) == 0)
+        logits = masked_logits(
+            logits, m_n[:, None], n, p_mask, stride_mask_h, stride_mask_q, stride_mask_n, head_of_row, query_of_row,
+            m_row, softcap, SOFTCAP, MASK,
+        )  # fmt: skip
+        probs, decay, maximum = softmax_step(logits, maximum)
+        weights = weights * decay[None, :] + probs  # summed over keys after the loop: that sum crosses warps
+        acc = dot(tl.trans(tl.reshape(value, [BN, BDV]).to(DTYPE)), probs.to(DTYPE), acc * decay[None, :], DTYPE)
+    return maximum, tl.sum(weights, 0), acc
+
+
+@triton.jit
+def attend_exact(
+    qx, qy, first, last, p_positions, p_keys, p_values, p_key_scale, p_value_scale, channel_x, channel_y, m_pair,
+    frequency, pair_scale, mean_x, mean_y, offset, first_index, p_mask, stride_mask_h, stride_mask_q, stride_mask_n,
+    head_of_row, query_of_row, m_row, last_of_row, softcap, maximum, total, acc,
+    D: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr,
+    KIND: tl.constexpr, ROTATES: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Adds exact tokens ``first..last-1`` of a set. KIND: "tail" (consecutive tokens from `first_index`), "plain"
+    (positions, keys after RoPE) or "int8" (positions, keys before RoPE less their mean, scales)."""
+    dv = tl.arange(0, BDV)
+    for start_n in range(first, last, BN):
+        n = start_n + tl.arange(0, BN)
+        m_n = n < last
+        if KIND == "tail":
+            position = first_index + n
+        else:
+            position = tl.load(p_positions + n, mask=m_n, other=-1)
+            m_n = m_n & (position >= 0)
+        m_key = m_n[:, None] & m_pair[None, :]
+        p_key = p_keys + n.to(tl.int64)[:, None] * D
+        kx = tl.load(p_key + channel_x[None, :], mask=m_key, other=0.0)
+        ky = tl.load(p_key + channel_y[None, :], mask=m_key, other=0.0)
+        value = tl.load(
+            p_values + n.to(tl.int64)[:, None] * DV + dv[None, :], mask=m_n[:, None] & (dv < DV)[None, :], other=0.0
+        )
+        if KIND == "int8":
+            scale = tl.load(p_key_scale + n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+            kx = kx.to(tl.float32) * scale + mean_x[None, :]
+            ky = ky.to(tl.float32) * scale + mean_y[None, :]
+            if ROTATES:
+                angle = (position - offset).to(tl.float32)[:, None] * frequency[None, :]
+                sin, cos = sin_cos(angle)
+                kx, ky = turned(kx, ky, cos * pair_scale[None, :], sin * pair_scale[None, :])
+            value = value.to(tl.float32) * tl.load(p_value_scale + n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+        logits = tl.zeros([BN, qx.shape[1]], tl.float32)
+        logits = dot(kx.to(DTYPE), qx.to(DTYPE), logits, DTYPE)
+        logits = dot(ky.to(DTYPE), qy.to(DTYPE), logits, DTYPE)
+        visible = m_n[:, None]
+        if KIND == "tail":
+            visible = visible & (position[:, None] <= last_of_row[None, :])
+        logits = masked_logits(
+            logits, visible, position, p_mask, stride_mask_h, stride_mask_q, stride_mask_n, head_of_row, query_of_row,
+            m_row, softcap, SOFTCAP, MASK,
+        )  # fmt: skip
+        probs, decay, maximum = softmax_step(logits, maximum)
+        total = total * decay + tl.sum(probs, 0)
+        acc = dot(tl.trans(value.to(DTYPE)), probs.to(DTYPE), acc * decay[None, :], DTYPE)
+    return maximum, total, acc
+
+
+_COUNTS = ["n_codes", "n_anchors", "n_sinks", "n_tail", "splits", "bits_width"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def decode_kernel(
+    p_query, stride_q_b, stride_q_h, stride_q_n, p_partial, p_partial_max, p_partial_total,
+    p_key_codes, p_value_codes, p_bits, p_offset, p_key_table, p_value_table,
+    p_channels, p_frequency, p_pair_scale, p_mean, p_turns,
+    p_anchor_positions, p_anchor_keys, p_anchor_values, p_anchor_key_scale, p_anchor_value_scale,
+    p_sink_positions, p_sink_keys, p_sink_values, p_tail_keys, p_tail_values,
+    p_mask, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_n,
+    n_codes, n_anchors, n_sinks, n_tail, splits, bits_width, scale, softcap,
+    B, H: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, Q_LEN: tl.constexpr, BR: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    K_GROUPS: tl.constexpr, K_STAGES: tl.constexpr, K_BITS: tl.constexpr, K_SUB: tl.constexpr, K_WIDTH: tl.constexpr,
+    V_GROUPS: tl.constexpr, V_STAGES: tl.constexpr, V_BITS: tl.constexpr, V_SUB: tl.constexpr, V_WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr, ANCHOR_DTYPE: tl.constexpr, SINK_DTYPE: tl.constexpr, TAIL_DTYPE: tl.constexpr,
+    ANCHORS: tl.constexpr, ROTATES: tl.constexpr,
+    HAS_SINKS: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """One split: partial outputs ``(B, H, 2 * splits, GROUP * Q_LEN, DV)``, all of codes first, and softmax states."""
+    # Programs that share an SM should share a head, whose tables fill its L1: SMs are dealt programs in order, and the
+    # number of SMs is a multiple of LANES, so heads alternate by LANES.
+    pid = tl.program_id(0)
+    lane = pid % LANES
+    rest = pid // LANES
+    split = rest % splits
+    rest = rest // splits
+    b = rest % B
+    h = rest // B * LANES + lane
+    bh = (b * H + h).to(tl.int64)
+
+    row = tl.arange(0, BR)
+    m_row = row < GROUP * Q_LEN
+    head_of_row = h * GROUP + row // Q_LEN
+    query_of_row = row % Q_LEN
+    pair = tl.arange(0, BD // 2)
+    m_pair = pair < D // 2
+    channel_x = tl.load(p_channels + h * D + 2 * pair, mask=m_pair, other=0)
+    channel_y = tl.load(p_channels + h * D + 2 * pair + 1, mask=m_pair, other=0)
+    mean_x = tl.load(p_mean + h * D + 2 * pair, mask=m_pair, other=0.0)
+    mean_y = tl.load(p_mean + h * D + 2 * pair + 1, mask=m_pair, other=0.0)
+    frequency = tl.load(p_frequency + h * (D // 2) + pair, mask=m_pair, other=0.0)
+    pair_scale = tl.load(p_pair_scale + h * (D // 2) + pair, mask=m_pair, other=1.0)
+    p_row = p_query + b.to(tl.int64) * stride_q_b + head_of_row * stride_q_h + query_of_row * stride_q_n
+    # Tokens x rows, not rows x tokens: a dot takes few rows as its N (8) cheaper than as its M (16).
+    m_query = m_pair[:, None] & m_row[None, :]
+    qx = tl.load(p_row[None, :] + channel_x[:, None], mask=m_query, other=0.0).to(tl.float32) * scale
+    qy = tl.load(p_row[None, :] + channel_y[:, None], mask=m_query, other=0.0).to(tl.float32) * scale
+    offset = tl.load(p_offset + b).to(tl.int32)
+    if MASK != "none":
+        p_mask += b * stride_mask_b
+
+    maximum = tl.full([BR], float("-inf"), tl.float32)
+    total = tl.zeros([BR], tl.float32)
+    acc = tl.zeros([BDV, BR], tl.float32)
+    HAS_EXACT: tl.constexpr = (ANCHORS != "none") or HAS_SINKS
+    share = tl.cdiv(tl.cdiv(n_codes, BN), splits) * BN
+    first = split * share
+    code_maximum, code_total, code_acc = attend_codes(
+        qx, qy, first, tl.minimum(first + share, n_codes), p_key_codes + bh * n_codes * K_WIDTH,
+        p_value_codes + bh * n_codes * V_WIDTH, p_bits + bh * bits_width,
+        p_key_table + h * (K_GROUPS * K_STAGES * K_SUB << K_BITS),
+        p_value_table + h * (V_GROUPS * V_STAGES * V_SUB << V_BITS),
+        p_turns + h * (TURNS * D), frequency, m_pair, mean_x, mean_y, offset, p_mask, stride_mask_h, stride_mask_q,
+        stride_mask_n, head_of_row, query_of_row, m_row, softcap, maximum, acc,
+        K_GROUPS, K_STAGES, K_BITS, K_SUB, K_WIDTH, V_GROUPS, V_STAGES, V_BITS, V_SUB, V_WIDTH,
+        D, BD, BDV, BN, DTYPE, ROTATES, HAS_EXACT, SOFTCAP, MASK,
+    )  # fmt: skip
+    dv = tl.arange(0, BDV)
+    m_out = (dv < DV)[:, None] & m_row[None, :]
+    out = (bh * 2 * splits + split) * (GROUP * Q_LEN) + row
+    tl.store(p_partial + out[None, :] * DV + dv[:, None], code_acc, mask=m_out)
+    tl.store(p_partial_max + out, code_maximum, mask=m_row)
+    tl.store(p_partial_total + out, code_total, mask=m_row)
+
+    # Its part of the exact tokens, in whole tiles: their values are in plain channels, so they are summed apart.
+    last_of_row = n_codes + n_tail - (Q_LEN if CAUSAL else 1) + (query_of_row if CAUSAL else 0 * query_of_row)
+    if ANCHORS != "none":
+        share = tl.cdiv(tl.cdiv(n_anchors, BM), splits) * BM
+        first = split * share
+        maximum, total, acc = attend_exact(
+            qx, qy, first, tl.minimum(first + share, n_anchors), p_anchor_positions + bh * n_anchors,
+            p_anchor_keys + bh * n_anchors * D, p_anchor_values + bh * n_anchors * DV,
+            p_anchor_key_scale + bh * n_anchors, p_anchor_value_scale + bh * n_anchors, channel_x, channel_y,
+            m_pair, frequency, pair_scale, mean_x, mean_y, offset, 0, p_mask, stride_mask_h, stride_mask_q,
+            stride_mask_n, head_of_row, query_of_row, m_row, last_of_row, softcap, maximum, total, acc,
+            D, DV, BDV, BM, ANCHOR_DTYPE, ANCHORS, ROTATES, SOFTCAP, MASK,
+        )  # fmt: skip
+    if HAS_SINKS and split == splits - 1:
+        maximum, total, acc = attend_exact(
+            qx, qy, 0, n_sinks, p_sink_positions + bh * n_sinks, p_sink_keys + bh * n_sinks * D,
+            p_sink_values + bh * n_sinks * DV, p_sink_keys, p_sink_keys, channel_x, channel_y, m_pair,
+            frequency, pair_scale, mean_x, mean_y, offset, 0, p_mask, stride_mask_h, stride_mask_q, stride_mask_n,
+            head_of_row, query_of_row, m_row, last_of_row, softcap, maximum, total, acc,
+            D, DV, BDV, BM, SINK_DTYPE, "plain", ROTATES, SOFTCAP, MASK,
+        )  # fmt: skip
+    share = tl.cdiv(tl.cdiv(n_tail, BM), splits) * BM
+    first = (splits - 1 - split) * share  # the last splits have fewest anchors
+    maximum, total, acc = attend_exact(
+        qx, qy, first, tl.minimum(first + share, n_tail), p_offset, p_tail_keys + bh * n_tail * D,
+        p_tail_values + bh * n_tail * DV, p_tail_keys, p_tail_keys, channel_x, channel_y, m_pair,
+        frequency, pair_scale, mean_x, mean_y, offset, n_codes, p_mask, stride_mask_h, stride_mask_q, stride_mask_n,
+        head_of_row, query_of_row, m_row, last_of_row, softcap, maximum, total, acc,
+        D, DV, BDV, BM, TAIL_DTYPE, "tail", ROTATES, SOFTCAP, MASK,
+    )  # fmt: skip
+    out += splits * GROUP * Q_LEN
+    tl.store(p_partial + out[None, :] * DV + dv[:, None], acc, mask=m_out)
+    tl.store(p_partial_max + out, maximum, mask=m_row)
+    tl.store(p_partial_total + out, total, mask=m_row)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    past: QuantizedPast,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+    *,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = True,
+    softcap: float | None = None,
+    sink_logit: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the newest tokens over a quantized past and an exact tail (AnTKV, arXiv 2506.19505, section 3.3).
+
+    Args:
+        query: ``(batch, q_heads, q_len, head_dim)`` after RoPE, with ``q_heads / kv_heads * q_len <= 64``.
+        tail_keys, tail_values: ``(batch, kv_heads, tail, dim)``, the newest tokens, keys after RoPE, contiguous.
+        is_causal: without a mask, query r sees keys up to ``past.length + tail - q_len + r``; else all.
+        scale: factor on q.k. softcap: ``softcap * tanh(logit / softcap)``.
+        mask: bool (True = visible) or additive, ``(batch or 1, 1 or q_heads, 1 or q_len, past.length + tail)``.
+        sink_logit: ``(q_heads,)``, joins the denominator only.
+        out: where to write the output, contiguous.
+
+    Returns:
+        output ``(batch, q_heads, q_len, value_dim)`` in the query's dtype and float32 LSE ``(batch, q_heads, q_len)``.
+
+    Raises:
+        ValueError: for shapes, dtypes or layouts that the kernel was not written for.
+    """
+    batch, q_heads, q_len, dim = query.shape
+    heads, tail, value_dim = tail_keys.shape[1], tail_keys.shape[2], tail_values.shape[3]
+    group = q_heads // heads
+    rows, n_codes = group * q_len, past.length
+    keys, values = past.key_tables, past.value_tables
+    require(n_codes > 0, "0 coded tokens: without a quantized past any attention kernel will do")
+    require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; decode attention takes 1 to {MAX_ROWS}")
+    require(query.stride(3) == 1, f"query has stride {query.stride(3)} in its last dimension; it must be 1")
+    require(tail_keys.is_contiguous() and tail_values.is_contiguous(), "the tail must be contiguous")
+    require(tail_keys.dtype == tail_values.dtype, f"tail keys are {tail_keys.dtype}, values {tail_values.dtype}")
+    require(past.key_codes.is_contiguous() and past.value_codes.is_contiguous(), "codes must be contiguous")
+    require(tuple(keys.mean.shape) == (heads, dim), f"tables of {tuple(keys.mean.shape)}, query of {heads} x {dim}")
+    require(keys.centroids.dtype == values.centroids.dtype, "key and value tables have different dtypes")
+    anchors, sinks = _sort_exact(past.exact)
+    n_anchors = 0 if anchors is None else anchors.positions.shape[2]
+    n_sinks = 0 if sinks is None else sinks.positions.shape[2]
+    block, value_block = head_block(dim), head_block(value_dim)
+    dtype = tl.float32 if keys.centroids.dtype == torch.float32 else tl.float16
+    splits, lanes = plan_splits(n_codes, batch, heads, query.device)
+
+    options = dict(device=query.device, dtype=torch.float32)
+    partial = torch.empty(batch, heads, 2 * splits, rows, value_dim, **options)
+    state = torch.empty(2, batch, heads, 2 * splits, rows, **options)
+    lse = torch.empty(batch, q_heads, q_len, **options)
+    out = torch.empty(batch, q_heads, q_len, value_dim, device=query.device, dtype=query.dtype) if out is None else out
+    mask, kind, strides = mask_arguments(mask, batch, q_heads, q_len, n_codes + tail)
+    a = _pointers(anchors, query)
+    s = _pointers(sinks, query)
+    decode_kernel[(batch * heads * splits,)](
+        query, *query.stride()[:3], partial, state[0], state[1],
+        past.key_codes, past.value_codes, past.exact_bits, past.offset, keys.centroids, values.centroids,
+        keys.channels, keys.frequency, keys.pair_scale, keys.mean, keys.turns, *a, *s[:3], tail_keys, tail_values,
+        query if mask is None else mask, *strides,
+        n_codes, n_anchors, n_sinks, tail, splits, past.exact_bits.shape[-1], scale, softcap or 0.0,
+        batch, H=heads, LANES=lanes, GROUP=group, Q_LEN=q_len, BR=max(MIN_ROWS, triton.next_power_of_2(rows)),
+        D=dim, DV=value_dim, BD=block, BDV=value_block, **_tiles(block, dtype == tl.float32),
+        K_GROUPS=keys.codes.groups, K_STAGES=keys.codes.stages, K_BITS=keys.codes.code_bits, K_SUB=keys.codes.sub_dim,
+        K_WIDTH=keys.codes.width, V_GROUPS=values.codes.groups, V_STAGES=values.codes.stages,
+        V_BITS=values.codes.code_bits, V_SUB=values.codes.sub_dim, V_WIDTH=values.codes.width,
+        DTYPE=dtype, ANCHOR_DTYPE=_dot_dtype(anchors, dtype), SINK_DTYPE=_dot_dtype(sinks, dtype),
+        TAIL_DTYPE=_triton_dtype(tail_keys.dtype),
+        ANCHORS="none" if anchors is None else "plain" if anchors.key_scale is None else "int8",
+        ROTATES=keys.rotates, HAS_SINKS=sinks is not None, CAUSAL=is_causal and mask is None,
+        SOFTCAP=softcap is not None, MASK=kind,
+    )  # fmt: skip
+    merge_splits(partial, state, values, sink_logit, out, lse)
+    return out, lse
+
+
+def plan_splits(n_codes: int, batch: int, heads: int, device: torch.device) -> tuple[int, int]:
+    """Programs a (sequence, kv head), and how many heads alternate (see the kernel)."""
+    most = triton.cdiv(n_codes, MIN_SHARE)
+    if device.type != "cuda":
+        return min(3, most), 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if batch * heads >= processors // 2:  # many short programs, a head after the other
+        return min(triton.cdiv(processors * MANY_PROGRAMS, batch * heads), most), 1
+    lanes = next(n for n in (4, 2, 1) if heads % n == 0 and processors % n == 0)
+    wanted = processors * (LONG_PROGRAMS if n_codes > LONG else FEW_PROGRAMS) // (batch * heads)
+    return max(1, min(wanted, most)), lanes
+
+
+def _tiles(block: int, float32: bool) -> dict[str, int]:
+    # One stage: with more, Triton makes gathers asynchronous copies that bypass the L1 cache.
+    tokens = 32 if block > 128 or float32 else 64
+    return dict(BN=tokens, BM=16, num_warps=4, num_stages=1)
+
+
+def _sort_exact(sets: tuple[ExactTokens, ...]) -> tuple[ExactTokens | None, ExactTokens | None]:
+    """The large set (anchors) and the small one (sinks, 16 or 32 bits)."""
+    for tokens in sets:
+        parts = (tokens.positions, tokens.keys, tokens.values, tokens.key_scale, tokens.value_scale)
+        require(all(t is None or t.is_contiguous() for t in parts), "exact tokens must be contiguous")
+        require(
+            (tokens.keys.dtype == torch.int8) == (tokens.key_scale is not None), "int8 keys need scales, others none"
+        )
+    plain = [tokens for tokens in sets if tokens.key_scale is None]
+    scaled = [tokens for tokens in sets if tokens.key_scale is not None]
+    require(len(plain) <= 2 and len(scaled) <= 1 and len(sets) <= 2, f"{len(sets)} sets of exact tokens; 2 at most")
+    if scaled:
+        return scaled[0], plain[0] if plain else None
+    plain.sort(key=lambda tokens: -tokens.positions.shape[2])
+    return (plain[0] if plain else None), (plain[1] if len(plain) > 1 else None)
+
+
+def _pointers(tokens: ExactTokens | None, dummy: torch.Tensor) -> list[torch.Tensor]:
+    if tokens is None:
+        return [dummy] * 5
+    scales = [dummy, dummy] if tokens.key_scale is None else [tokens.key_scale, tokens.value_scale]
+    return [tokens.positions, tokens.keys, tokens.values, *scales]
+
+
+def _dot_dtype(tokens: ExactTokens | None, dtype: tl.dtype) -> tl.dtype:
+    """In what a set takes part in dots: as it is stored, or as the codes are if it must be converted anyhow."""
+    if tokens is None or tokens.key_scale is not None or dtype == tl.float32:
+        return dtype
+    return _triton_dtype(tokens.keys.dtype)
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]

@@ -1,0 +1,338 @@
+"""Encoding: nearest centroids of keys and values, packed as they are stored, and what the codes lose.
+
+    code_gs = argmax_k  r_gs . e_gsk + b_gsk,    r_g0 = latent_g,    r_g(s+1) = r_gs - centroid_gs[code_gs]
+
+with e and b the tables' `encode_centroids` and `encode_bias`. A key's latent is the key turned back to before RoPE,
+less its mean, in latent order; a value's is ``(value - mean) @ analysis``. Neither is ever stored: a program turns or
+projects one group of a tile of tokens at a time and searches it at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import head_block, require
+from .tables import Codes, KeyTables, ValueTables
+from .tiles import first_codes, gather_latent, sin_cos
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CODE_BITS = (4, 6, 8, 10, 12)
+SUB_DIMS = (2, 4, 8, 16, 32)
+MAX_STAGES = 8
+MAX_DIM = 256
+SLOTS = 32  # codes of a token that a program collects before it packs them
+TILE = (128, 4)  # tokens and warps of a large program
+SMALL = 16384  # token-heads below which programs are made small: a decode step's chunk should fill the device too
+
+
+@triton.jit
+def _search_group(
+    rest, codes, error, group_of_chunk, table, p_centroids, p_encode, p_bias,
+    STAGES: tl.constexpr, SUB_DIM: tl.constexpr, CENTROIDS: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    ERROR: tl.constexpr,
+):  # fmt: skip
+    """Codes one group of a tile, `rest` [BT, BS], with the tables from number `table` on (one a stage).
+
+    Writes the codes to their slots of `codes` [BT, SP] and adds |what is left|^2 to `error` [BT].
+    """
+    s = tl.arange(0, rest.shape[1])
+    slot = tl.arange(0, codes.shape[1])
+    for stage in range(STAGES):  # not unrolled: the tiles of two stages do not fit the registers together
+        first = (table + stage) * CENTROIDS
+        # The best of each column of the tile of scores: one comparison a score, and a single reduction at the end.
+        best = tl.full([rest.shape[0], BC], float("-inf"), tl.float32)
+        index = tl.zeros([rest.shape[0], BC], tl.int32)
+        for c0 in range(0, CENTROIDS, BC):
+            c = c0 + tl.arange(0, BC)
+            centroids = tl.load(
+                p_encode + (first + c)[:, None] * SUB_DIM + s[None, :], mask=(s < SUB_DIM)[None, :], other=0.0
+            )  # [BC, BS]
+            score = tl.dot(rest, tl.trans(centroids), input_precision=PRECISION) + tl.load(p_bias + first + c)[None, :]
+            better = score > best
+            best = tl.where(better, score, best)
+            index = tl.where(better, c[None, :], index)
+        # Of equal scores the first wins; a vector with NaN gets code 0.
+        code = tl.min(tl.where(best == tl.max(best, 1)[:, None], index, CENTROIDS - 1), 1)  # [BT]
+        codes = tl.where((slot == group_of_chunk * STAGES + stage)[None, :], code[:, None], codes)
+        taken = tl.load(
+            p_centroids + (first + code)[:, None] * SUB_DIM + s[None, :], mask=(s < SUB_DIM)[None, :], other=0.0
+        )  # [BT, BS]
+        rest -= taken.to(tl.float32)
+    if ERROR:
+        error += tl.sum(rest * rest, 1)
+    return codes, error
+
+
+@triton.jit
+def _store_codes(
+    codes, p_row, m_token, first_byte,
+    USED: tl.constexpr, CODE_BITS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Packs the first USED of `codes` [BT, SP] into the rows at `p_row` [BT] from byte `first_byte` on."""
+    if CODE_BITS == 8:
+        byte = first_byte + tl.arange(0, codes.shape[1])
+        m_byte = (tl.arange(0, codes.shape[1]) < USED) & (byte < WIDTH)
+        tl.store(p_row[:, None] + byte[None, :], codes.to(tl.uint8), mask=m_token[:, None] & m_byte[None, :])
+    else:
+        # Four codes of an even number of bits fill whole bytes: a word of 16 to 48 bits.
+        units: tl.constexpr = codes.shape[1] // 4
+        unit_bytes: tl.constexpr = CODE_BITS // 2
+        four = tl.reshape(codes, [codes.shape[0], units, 4]).to(tl.int64)
+        word = tl.sum(four << (tl.arange(0, 4) * CODE_BITS)[None, None, :], 2)  # [BT, units]
+        unit = tl.arange(0, units)
+        for j in tl.static_range(unit_bytes):
+            byte = first_byte + unit * unit_bytes + j
+            m_byte = (unit * 4 < USED) & (byte < WIDTH)
+            value = ((word >> (8 * j)) & 255).to(tl.uint8)
+            tl.store(p_row[:, None] + byte[None, :], value, mask=m_token[:, None] & m_byte[None, :])
+
+
+@triton.jit
+def encode_keys_kernel(
+    p_keys, p_offset, p_centroids, p_encode, p_bias, p_mean, p_channels, p_frequency, p_pair_scale, p_codes, p_error,
+    stride_b, stride_h, stride_t, kv_heads, n, first_position,
+    D: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, CODE_BITS: tl.constexpr, SUB_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, ROTATES: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
+    """Codes of BG groups of BT keys: turn back by position * frequency, take the mean off, search.
+
+    error[chunk, bh, t] is |latent - decoded|^2 over the groups of this chunk.
+    """
+    bh = tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(1)
+    b, h = bh // kv_heads, bh % kv_heads
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    m_token = t < n
+    p_row = p_keys + b * stride_b + h * stride_h + t.to(tl.int64) * stride_t
+    position = (first_position + t - tl.load(p_offset + b)).to(tl.float32)
+    s = tl.arange(0, BS)
+    pair = tl.arange(0, BS // 2)
+    codes = tl.zeros([BT, SP], tl.int32)
+    error = tl.zeros([BT], tl.float32)
+    for group in range(chunk * BG, tl.minimum(chunk * BG + BG, GROUPS)):
+        o_latent = h * D + group * SUB_DIM
+        channel = tl.load(p_channels + o_latent + s, mask=s < SUB_DIM, other=0)
+        mean = tl.load(p_mean + o_latent + s, mask=s < SUB_DIM, other=0.0)
+        m_key = m_token[:, None] & (s < SUB_DIM)[None, :]
+        latent = tl.load(p_row[:, None] + channel[None, :], mask=m_key, other=0.0).to(tl.float32)  # [BT, BS]
+        if ROTATES:
+            m_pair = pair < SUB_DIM // 2
+            frequency = tl.load(p_frequency + o_latent // 2 + pair, mask=m_pair, other=0.0)
+            inverse = 1.0 / tl.load(p_pair_scale + o_latent // 2 + pair, mask=m_pair, other=1.0)
+            angle = position[:, None] * frequency[None, :]  # [BT, BS / 2]
+            sin, cos = sin_cos(angle)
+            cos, sin = cos * inverse[None, :], sin * inverse[None, :]
+            x, y = tl.split(tl.reshape(latent, [BT, BS // 2, 2]))
+            latent = tl.reshape(tl.join(x * cos + y * sin, y * cos - x * sin), [BT, BS])
+        codes, error = _search_group(
+            latent - mean[None, :], codes, error, group - chunk * BG, (h * GROUPS + group) * STAGES,
+            p_centroids, p_encode, p_bias, STAGES, SUB_DIM, 1 << CODE_BITS, BC, PRECISION, True,
+        )  # fmt: skip
+    o_token = bh * n + t
+    _store_codes(
+        codes, p_codes + o_token * WIDTH, m_token, chunk * (BG * STAGES * CODE_BITS // 8), BG * STAGES, CODE_BITS, WIDTH
+    )
+    tl.store(p_error + chunk.to(tl.int64) * tl.num_programs(2) * n + o_token, error, mask=m_token)
+
+
+@triton.jit
+def encode_values_kernel(
+    p_values, p_centroids, p_encode, p_bias, p_mean, p_analysis, p_codes,
+    stride_b, stride_h, stride_t, kv_heads, n,
+    D: tl.constexpr, BD: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, CODE_BITS: tl.constexpr,
+    SUB_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, BG: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
+    """Codes of BG groups of BT values: latent_g = (value - mean) @ analysis[:, g], then the search."""
+    bh = tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(1)
+    b, h = bh // kv_heads, bh % kv_heads
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    m_token = t < n
+    d = tl.arange(0, BD)
+    s = tl.arange(0, BS)
+    value = tl.load(
+        p_values + b * stride_b + h * stride_h + t.to(tl.int64)[:, None] * stride_t + d[None, :],
+        mask=m_token[:, None] & (d < D)[None, :], other=0.0,
+    ).to(tl.float32)  # [BT, BD]  # fmt: skip
+    value -= tl.load(p_mean + h * D + d, mask=d < D, other=0.0)[None, :]
+    codes = tl.zeros([BT, SP], tl.int32)
+    unused = tl.zeros([BT], tl.float32)
+    for group in range(chunk * BG, tl.minimum(chunk * BG + BG, GROUPS)):
+        analysis = tl.load(
+            p_analysis + (h * D + d)[:, None] * D + group * SUB_DIM + s[None, :],
+            mask=(d < D)[:, None] & (s < SUB_DIM)[None, :], other=0.0,
+        )  # [BD, BS]  # fmt: skip
+        latent = tl.dot(value, analysis, input_precision=PRECISION)  # [BT, BS]
+        codes, unused = _search_group(
+            latent, codes, unused, group - chunk * BG, (h * GROUPS + group) * STAGES,
+            p_centroids, p_encode, p_bias, STAGES, SUB_DIM, 1 << CODE_BITS, BC, PRECISION, False,
+        )  # fmt: skip
+    _store_codes(
+        codes, p_codes + (bh * n + t) * WIDTH, m_token, chunk * (BG * STAGES * CODE_BITS // 8), BG * STAGES, CODE_BITS,
+        WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def value_error_kernel(
+    p_values, p_codes, p_centroids, p_mean, p_synthesis, p_error,
+    stride_b, stride_h, stride_t, kv_heads, n,
+    D: tl.constexpr, BD: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr, CODE_BITS: tl.constexpr,
+    SUB_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """error[bh, t] = |value - mean - latent(codes) @ synthesis|^2, BO plain channels at a time."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // kv_heads, bh % kv_heads
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    m_token = t < n
+    o_token = bh * n + t
+    p_row = p_codes + o_token * WIDTH
+    first = first_codes(p_row, m_token, GROUPS, BD // SUB_DIM, STAGES, CODE_BITS, WIDTH)
+    latent = gather_latent(
+        p_row, m_token, first, p_centroids + h * ((GROUPS * STAGES * SUB_DIM) << CODE_BITS),
+        GROUPS, BD // SUB_DIM, STAGES, CODE_BITS, SUB_DIM, WIDTH,
+    )  # fmt: skip
+    latent = tl.reshape(latent, [BT, BD]).to(tl.float32)
+    d = tl.arange(0, BD)
+    p_row = p_values + b * stride_b + h * stride_h + t.to(tl.int64) * stride_t
+    error = tl.zeros([BT], tl.float32)
+    for o0 in range(0, D, BO):
+        o = o0 + tl.arange(0, BO)
+        m_o = o < D
+        synthesis = tl.load(
+            p_synthesis + (h * D + d)[:, None] * D + o[None, :], mask=(d < D)[:, None] & m_o[None, :], other=0.0
+        )  # [BD, BO]
+        value = tl.load(p_row[:, None] + o[None, :], mask=m_token[:, None] & m_o[None, :], other=0.0).to(tl.float32)
+        rest = value - tl.load(p_mean + h * D + o, mask=m_o, other=0.0)[None, :]
+        rest -= tl.dot(latent, synthesis, input_precision=PRECISION)  # [BT, BO]
+        error += tl.sum(rest * rest, 1)
+    tl.store(p_error + o_token, error, mask=m_token)
+
+
+def encode_keys(
+    keys: torch.Tensor, tables: KeyTables, positions_start: int, offset: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of keys as they are after RoPE, and what the codes lose.
+
+    Args:
+        keys: ``(batch, kv_heads, n, dim)``, any strides but a last one of 1; float16, bfloat16 or float32.
+        tables: of the layer.
+        positions_start: index of the first token; token t turned by position ``positions_start + t - offset[b]``.
+        offset: int64 ``(batch,)``.
+
+    Returns:
+        uint8 codes ``(batch, kv_heads, n, width)`` and float32 ``|key - decoded key|^2`` before RoPE
+        ``(batch, kv_heads, n)``.
+
+    Raises:
+        ValueError: for a size, dtype or stride that the kernel was not written for.
+    """
+    _check(keys, "keys", tables.codes, tables.centroids, tables.encode_centroids, tables.encode_bias)
+    batch, kv_heads, n, dim = keys.shape
+    require(dim % 2 == 0, f"head size {dim} is odd: RoPE turns pairs of channels")
+    for name, dtype, shape in (
+        ("mean", torch.float32, (kv_heads, dim)), ("channels", torch.int32, (kv_heads, dim)),
+        ("frequency", torch.float32, (kv_heads, dim // 2)), ("pair_scale", torch.float32, (kv_heads, dim // 2)),
+    ):  # fmt: skip
+        _check_table(name, getattr(tables, name), dtype, shape)
+    _check_table("offset", offset, torch.int64, (batch,))
+    codes = torch.empty(batch, kv_heads, n, tables.codes.width, dtype=torch.uint8, device=keys.device)
+    chunk, constants = _search_constants(tables.codes, keys)
+    chunks = triton.cdiv(tables.codes.groups, chunk)
+    error = torch.empty(chunks, batch, kv_heads, n, dtype=torch.float32, device=keys.device)
+    if n == 0:
+        return codes, error[0]
+    small = batch * kv_heads * n <= SMALL
+    block, warps = (32, 4) if small or keys.dtype == torch.float32 else TILE
+    encode_keys_kernel[(triton.cdiv(n, block), chunks, batch * kv_heads)](
+        keys, offset, tables.centroids, tables.encode_centroids, tables.encode_bias, tables.mean, tables.channels,
+        tables.frequency, tables.pair_scale, codes, error, *keys.stride()[:3], kv_heads, n, positions_start,
+        D=dim, ROTATES=tables.rotates, BT=block, **constants, num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    return codes, error[0] if chunks == 1 else error.sum(0)
+
+
+def encode_values(values: torch.Tensor, tables: ValueTables) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of values, and what the codes lose.
+
+    Args:
+        values: ``(batch, kv_heads, n, dim)``, any strides but a last one of 1; float16, bfloat16 or float32.
+        tables: of the layer.
+
+    Returns:
+        uint8 codes ``(batch, kv_heads, n, width)`` and float32 ``|value - decoded value|^2`` ``(batch, kv_heads, n)``.
+
+    Raises:
+        ValueError: for a size, dtype or stride that the kernel was not written for.
+    """
+    _check(values, "values", tables.codes, tables.centroids, tables.encode_centroids, tables.encode_bias)
+    batch, kv_heads, n, dim = values.shape
+    _check_table("mean", tables.mean, torch.float32, (kv_heads, dim))
+    _check_table("synthesis", tables.synthesis, torch.float32, (kv_heads, dim, dim))
+    _check_table("analysis", tables.analysis, torch.float32, (kv_heads, dim, dim))
+    codes = torch.empty(batch, kv_heads, n, tables.codes.width, dtype=torch.uint8, device=values.device)
+    error = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=values.device)
+    if n == 0:
+        return codes, error
+    chunk, constants = _search_constants(tables.codes, values)
+    padded = head_block(dim)
+    # The tile of values stays in float32 for all groups, and has to leave room on cards with 64 KB of shared memory.
+    small = batch * kv_heads * n <= SMALL or padded > 128 or values.dtype == torch.float32
+    block, warps = (32, 4) if small else TILE
+    grid = triton.cdiv(n, block), triton.cdiv(tables.codes.groups, chunk), batch * kv_heads
+    encode_values_kernel[grid](
+        values, tables.centroids, tables.encode_centroids, tables.encode_bias, tables.mean, tables.analysis, codes,
+        *values.stride()[:3], kv_heads, n, D=dim, BD=padded, BT=block, **constants, num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    value_error_kernel[(grid[0], grid[2])](
+        values, codes, tables.centroids, tables.mean, tables.synthesis, error, *values.stride()[:3], kv_heads, n,
+        D=dim, BD=padded, BT=block, BO=16 if padded > 128 else 32, num_warps=4, num_stages=1,
+        **{name: constants[name] for name in ("GROUPS", "STAGES", "CODE_BITS", "SUB_DIM", "WIDTH", "PRECISION")},
+    )  # fmt: skip
+    return codes, error
+
+
+def _search_constants(codes: Codes, x: torch.Tensor) -> tuple[int, dict]:
+    """Groups of a program, and the constants of a search kernel.
+
+    Groups come by a multiple of 4, so that the codes of a program fill whole bytes whatever their bits.
+    """
+    small = x.shape[0] * x.shape[1] * x.shape[2] <= SMALL
+    chunk = 4 if small else max(4, SLOTS // triton.next_power_of_2(codes.stages))
+    chunk = min(chunk, max(4, triton.next_power_of_2(codes.groups)))
+    exact = x.dtype == torch.float32 or torch.version.hip is not None  # TF32 keeps float16's bits and float32's range
+    return chunk, dict(
+        GROUPS=codes.groups, STAGES=codes.stages, CODE_BITS=codes.code_bits, SUB_DIM=codes.sub_dim, WIDTH=codes.width,
+        PRECISION="ieee" if exact else "tf32", BS=max(16, codes.sub_dim),
+        BC=min(32 if x.dtype == torch.float32 else 64, 1 << codes.code_bits), BG=chunk,
+        SP=triton.next_power_of_2(chunk * codes.stages),
+    )  # fmt: skip
+
+
+def _check(
+    x: torch.Tensor, name: str, codes: Codes, centroids: torch.Tensor, encode: torch.Tensor, bias: torch.Tensor
+) -> None:
+    kv_heads, dim = x.shape[1], x.shape[3]
+    require(x.dtype in DTYPES, f"{name} are {x.dtype}; they must be float16, bfloat16 or float32")
+    require(x.stride(3) == 1, f"the last stride of {name} is {x.stride(3)}; it must be 1")
+    require(dim <= MAX_DIM, f"head size {dim} has no kernel; up to {MAX_DIM} have")
+    require(codes.code_bits in CODE_BITS, f"code_bits={codes.code_bits} has no kernel; {CODE_BITS} have")
+    require(codes.sub_dim in SUB_DIMS, f"sub_dim={codes.sub_dim} has no kernel; {SUB_DIMS} have")
+    require(1 <= codes.stages <= MAX_STAGES, f"stages={codes.stages} has no kernel; 1 to {MAX_STAGES} have")
+    sizes = f"{codes.groups} sub-vectors of {codes.sub_dim} channels"
+    require(codes.groups * codes.sub_dim == dim, f"{name} of size {dim} do not fit tables of {sizes}")
+    shape = (kv_heads, codes.groups, codes.stages, 1 << codes.code_bits, codes.sub_dim)
+    dtype = centroids.dtype if centroids.dtype == torch.float16 else torch.float32
+    _check_table("centroids", centroids, dtype, shape)
+    _check_table("encode_centroids", encode, torch.float32, shape)
+    _check_table("encode_bias", bias, torch.float32, shape[:-1])
+
+
+def _check_table(name: str, table: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    require(table.dtype == dtype, f"{name} is {table.dtype}; it must be {dtype}")
+    require(table.shape == shape, f"{name} has shape {tuple(table.shape)}; it must be {shape}")
+    require(table.is_contiguous(), f"{name} must be contiguous")

@@ -1,0 +1,181 @@
+"""Attention of a prompt's chunk over a quantized past: a segment is made dense, attended to and merged, then the next.
+
+With segments S of the past and the exact tail T, each answering with its own normalised output and LSE,
+
+    lse = log(sum_S exp(lse_S) + exp(lse_T)),   out = sum_S exp(lse_S - lse) out_S + exp(lse_T - lse) out_T
+
+so the workspace is one segment and the chunk, however long the past is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import head_block, require
+from .dequantize import dequantize
+from .flash_attention import exact_attention
+from .past import QuantizedPast
+
+SEGMENT = 16384  # tokens of all sequences together that are dense at a time: 67 MB for 8 heads of 128 in 16 bits
+MIN_SEGMENT = 4096  # of one sequence: a shorter one spends its time on merging
+
+
+@triton.jit
+def merge_kernel(
+    p_out, p_lse, p_part, p_part_lse, p_new_lse, q_len, q_heads,
+    stride_ob, stride_oh, stride_om, stride_pb, stride_ph, stride_pm,
+    DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """lse' = log(e^lse + e^part_lse), out' = e^(lse - lse') out + e^(part_lse - lse') part; out in place.
+
+    lse' goes elsewhere: every warp loads lse, and one that stores before another has loaded would spoil it.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    batch, head = row // q_heads, row % q_heads
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_m = m < q_len
+    lse = tl.load(p_lse + row * q_len + m, mask=m_m, other=0.0)
+    part_lse = tl.load(p_part_lse + row * q_len + m, mask=m_m, other=0.0)
+    maximum = tl.maximum(lse, part_lse)
+    safe = tl.where(maximum == float("-inf"), 0.0, maximum)  # seen no key in either
+    weight, part_weight = tl.exp(lse - safe), tl.exp(part_lse - safe)
+    total = weight + part_weight
+    tl.store(p_new_lse + row * q_len + m, maximum + tl.log(tl.where(total == 0.0, 1.0, total)), mask=m_m)
+
+    norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+    d = tl.arange(0, BDV)
+    m_out = m_m[:, None] & (d < DV)[None, :]
+    m64 = m.to(tl.int64)[:, None]
+    p_rows = p_out + batch * stride_ob + head * stride_oh + m64 * stride_om + d[None, :]
+    p_part_rows = p_part + batch * stride_pb + head * stride_ph + m64 * stride_pm + d[None, :]
+    b_out = tl.load(p_rows, mask=m_out, other=0.0)  # [BM, BDV]
+    b_part = tl.load(p_part_rows, mask=m_out, other=0.0).to(tl.float32)
+    tl.store(p_rows, b_out * (weight * norm)[:, None] + b_part * (part_weight * norm)[:, None], mask=m_out)
+
+
+def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> torch.Tensor:
+    """Merges the attention over more keys into `out`, in place; returns the new LSE.
+
+    Args:
+        out: float32 ``(batch, q_heads, q_len, value_dim)``; lse: float32 ``(batch, q_heads, q_len)``, contiguous.
+        part, part_lse: the same over the other keys; `part` of any float dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes or layouts that do not fit.
+    """
+    batch, q_heads, q_len, dim = out.shape
+    require(out.dtype == torch.float32, f"out is {out.dtype}; float32 is needed to merge into")
+    require(part.shape == out.shape, f"part has shape {tuple(part.shape)}, but out {tuple(out.shape)}")
+    require(out.stride(3) == part.stride(3) == 1, "out and part must have stride 1 along channels")
+    for x in (lse, part_lse):
+        fits = x.shape == out.shape[:3] and x.dtype == torch.float32 and x.is_contiguous()
+        require(fits, f"an LSE is {tuple(x.shape)} {x.dtype}; contiguous float32 {tuple(out.shape[:3])} is needed")
+    new_lse = torch.empty_like(lse)
+    if out.numel() == 0:
+        return new_lse
+    tile = 32
+    with torch.cuda.device_of(out):
+        merge_kernel[(triton.cdiv(q_len, tile), batch * q_heads)](
+            out, lse, part, part_lse, new_lse, q_len, q_heads, *out.stride()[:3], *part.stride()[:3],
+            DV=dim, BDV=head_block(dim), BM=tile, num_warps=4,
+        )  # fmt: skip
+    return new_lse
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    past: QuantizedPast | None,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+    *,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = True,
+    softcap: float | None = None,
+    sink_logit: torch.Tensor | None = None,
+    segment: int = SEGMENT,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a chunk of queries over the quantized past and the exact tail, which ends with the chunk itself.
+
+    Args:
+        query: ``(batch, q_heads, q_len, head_dim)`` after RoPE; float16, bfloat16 or float32.
+        past: coded tokens, all before the queries; None if there are none.
+        tail_keys, tail_values: ``(batch, kv_heads, n_tail, head_dim)`` and ``(..., value_dim)``, the query's dtype.
+        scale: factor on q.k.
+        mask: bool (True = visible) or additive float, ``(batch or 1, 1 or q_heads, 1 or q_len, past + n_tail)``; it
+            stands in for causality.
+        is_causal: without a mask, query r sees the past and the tail up to ``n_tail - q_len + r``.
+        softcap: Gemma 2's logit cap. sink_logit: GPT-OSS's ``(q_heads,)`` logits that join the denominator only.
+        segment: past tokens, of all sequences together, that are dense at a time.
+
+    Returns:
+        output ``(batch, q_heads, q_len, value_dim)`` in the query's dtype and natural-log LSE, sinks included,
+        float32 ``(batch, q_heads, q_len)``: 0 and -inf where a query sees no key.
+
+    Raises:
+        ValueError: for shapes, dtypes or layouts that the kernels were not written for.
+    """
+    coded, q_len, n_tail = 0 if past is None else past.length, query.shape[2], tail_keys.shape[2]
+    require(segment > 0, f"segment={segment} must be at least 1 token")
+    require(coded + n_tail > 0, "there are no keys to attend to: neither a past nor a tail")
+    if past is not None:
+        for name, tail, tables in (("key", tail_keys, past.key_tables), ("value", tail_values, past.value_tables)):
+            want = (past.key_codes.shape[0], past.key_codes.shape[1], n_tail, tables.mean.shape[1])
+            require(tuple(tail.shape) == want, f"the tail's {name}s have shape {tuple(tail.shape)}; {want} is needed")
+    if mask is not None:
+        require(mask.shape[-1] == coded + n_tail, f"the mask covers {mask.shape[-1]} keys, not {coded + n_tail}")
+    elif is_causal:
+        require(n_tail >= q_len, f"{q_len} causal queries do not fit a tail of {n_tail} tokens, which must hold them")
+    if sink_logit is not None:
+        found = tuple(sink_logit.shape)
+        require(found == (query.shape[1],), f"sink_logit has shape {found}; ({query.shape[1]},) is needed")
+
+    parts = _parts(query, past, tail_keys, tail_values, scale, mask, is_causal, softcap, segment)
+    out, lse = next(parts)
+    for i, (part, part_lse) in enumerate(parts):
+        if i == 0:
+            out = out.float()
+        lse = merge_(out, lse, part, part_lse)
+    if sink_logit is not None:
+        sink = sink_logit.float().view(1, -1, 1)
+        out = out * torch.sigmoid(lse - sink).unsqueeze(-1)  # exp(lse) / (exp(lse) + exp(sink)); 0 where lse is -inf
+        lse = torch.logaddexp(lse, sink)
+    return out.to(query.dtype), lse
+
+
+def _parts(
+    query: torch.Tensor, past: QuantizedPast | None, tail_keys: torch.Tensor, tail_values: torch.Tensor,
+    scale: float, mask: torch.Tensor | None, is_causal: bool, softcap: float | None, segment: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Output and LSE over each segment of the past, then over the tail. The next one overwrites a segment's keys."""
+    coded, q_len, n_tail = 0 if past is None else past.length, query.shape[2], tail_keys.shape[2]
+    if past is not None and coded:
+        step = _segment_length(coded, query.shape[0], segment)
+        batch, heads = tail_keys.shape[:2]
+        keys, values = (
+            torch.empty(batch, heads, step, x.shape[3], dtype=query.dtype, device=query.device)
+            for x in (tail_keys, tail_values)
+        )
+        for start in range(0, coded, step):
+            stop = min(start + step, coded)
+            scratch = keys[:, :, : stop - start], values[:, :, : stop - start]
+            dense = dequantize(past, start, stop, query.dtype, out=scratch)
+            columns = None if mask is None else mask[..., start:stop]
+            yield exact_attention(query, *dense, scale=scale, mask=columns, softcap=softcap)
+    if n_tail:
+        columns = None if mask is None else mask[..., coded:]
+        offset = n_tail - q_len if mask is None and is_causal else None
+        yield exact_attention(
+            query, tail_keys, tail_values, scale=scale, causal_offset=offset, mask=columns, softcap=softcap
+        )
+
+
+def _segment_length(coded: int, batch: int, segment: int) -> int:
+    """Tokens of a segment of each sequence: about as many in each, so that the last one is not a short one."""
+    most = segment if batch == 1 else min(segment, max(MIN_SEGMENT, segment // batch))
+    count = triton.cdiv(coded, most)
+    return min(most, triton.cdiv(triton.cdiv(coded, count), 128) * 128)

@@ -1,0 +1,80 @@
+"""The Triton backend: one layer's snapshots in the form that the kernels of `antkv` read."""
+
+from __future__ import annotations
+
+import torch
+from antkv.anchor_score import column_statistic, query_moment
+from antkv.decode_attention import MAX_ROWS, decode_attention
+from antkv.encode import encode_keys, encode_values
+from antkv.past import ExactTokens, QuantizedPast
+from antkv.prefill import prefill_attention
+
+from ..codecs import LayerCodec
+from ..reference import scores
+from ..storage import Snapshot
+from .backends import CALLS, Encoded
+from .reference_backend import REFERENCE
+from .tables import UnsupportedTables, layer_tables
+
+__all__ = ["TritonBackend", "UnsupportedTables"]
+
+MAX_DECODE_QUERIES = 8
+TERMS = {
+    scores.squared_attention_term: "squared_attention",
+    scores.accumulated_attention_term: "accumulated_attention",
+    scores.anchor_score_term: "anchor_score",
+}
+
+
+class TritonBackend:
+    """Kernels for one layer's tables; every operation is that of `ReferenceBackend` within rounding.
+
+    Raises:
+        UnsupportedTables: if the codec has no kernel.
+    """
+
+    name = "triton"
+
+    def __init__(self, codec: LayerCodec, dtype: torch.dtype):
+        self.key_tables, self.value_tables = layer_tables(codec, dtype)
+
+    def attention(self, past: Snapshot, query, visibility, scale, softcap=None, sink_logit=None):
+        CALLS["triton.attention"] += 1
+        options = dict(
+            scale=scale, mask=visibility.mask, is_causal=visibility.is_causal, softcap=softcap, sink_logit=sink_logit
+        )
+        kv_heads, q_len = past.tail_keys.shape[1], query.shape[2]
+        quantized = self._quantized_past(past)
+        few = q_len <= MAX_DECODE_QUERIES and query.shape[1] // kv_heads * q_len <= MAX_ROWS
+        answer = decode_attention if few and quantized is not None else prefill_attention
+        out, lse = answer(query, quantized, past.tail_keys, past.tail_values, **options)
+        return out.unflatten(1, (kv_heads, -1)), lse.unflatten(1, (kv_heads, -1))
+
+    def column_statistic(self, term, past: Snapshot, query, out, lse, visibility, scale, softcap, first_query, stride):
+        if term not in TERMS:  # a score of the user's own, in PyTorch
+            return REFERENCE.column_statistic(
+                term, past, query, out, lse, visibility, scale, softcap, first_query, stride
+            )
+        CALLS["triton.column_statistic"] += 1
+        return column_statistic(
+            TERMS[term], query, past.tail_keys, past.tail_values, out.flatten(1, 2), lse.flatten(1, 2),
+            scale=scale, first_column=past.coded_length, kv_len=past.length, stride=stride, mask=visibility.mask,
+            is_causal=visibility.is_causal, softcap=softcap, first_query=first_query,
+        )  # fmt: skip
+
+    def query_moment(self, query, kv_heads, scale, first_query, kv_len):
+        return query_moment(query, scale, kv_heads, first_query, kv_len)
+
+    def encode(self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor) -> Encoded:
+        CALLS["triton.encode"] += 1
+        key_codes, key_error = encode_keys(keys, self.key_tables, start, offset)
+        value_codes, value_error = encode_values(values, self.value_tables)
+        return Encoded(key_codes, value_codes, key_error, value_error)
+
+    def _quantized_past(self, past: Snapshot) -> QuantizedPast | None:
+        if past.key_codes is None or past.value_codes is None or past.exact_bits is None:
+            return None
+        exact = tuple(ExactTokens(*tokens.tensors()) for tokens in past.exact_tokens)
+        return QuantizedPast(
+            past.key_codes, past.value_codes, self.key_tables, self.value_tables, exact, past.exact_bits, past.offset
+        )
