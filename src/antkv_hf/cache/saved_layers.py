@@ -29,7 +29,8 @@ def layer_record(index: int, layer: Any) -> dict[str, Any]:
             record |= {"length": layer.storage.length, "batch": layer.batch_size, "coded": layer.storage.coded_length}
     elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         if layer_tensors(layer):
-            record |= {"length": layer.get_seq_length(), "batch": layer.keys.shape[0]}
+            # transformers 5.17 counts in a tensor once a sliding layer was cropped
+            record |= {"length": int(layer.get_seq_length()), "batch": layer.keys.shape[0]}
         if type(layer) is DynamicSlidingWindowLayer:
             record |= {"sliding_window": layer.sliding_window, "record_past": layer.record_past}
     elif name != "DummyLayer":  # one without attention, or that reads another layer's keys: nothing to save
