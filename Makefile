@@ -23,7 +23,8 @@ test: $(READY) lint types
 # The same environment with transformers exchanged for the oldest supported release (and the Hub client it needs).
 test-oldest: $(READY) $(VENV)/transformers-$(OLDEST)
 	PYTHONPATH=$(VENV)/transformers-$(OLDEST) OMP_NUM_THREADS=1 EXPECT_TRANSFORMERS=$(OLDEST) \
-		$(BIN)/python -m pytest -n $(WORKERS) tests/test_identity.py tests/test_cache.py tests/test_families.py
+		$(BIN)/python -m pytest -n $(WORKERS) tests/test_identity.py tests/test_cache.py tests/test_families.py \
+		tests/test_persistence.py
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

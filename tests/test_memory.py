@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import tiny_llama
 from helpers import random_codebook
 from transformers import DynamicCache
 
-from antkv_hf import AnTKVCache, AnTKVConfig
+from antkv_hf import AnTKVCache, AnTKVConfig, VQSpec
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,28 @@ def test_many_decode_steps_do_not_leak(shapes):
     assert after.window <= before.window * 256 / 172 + 1
     grown = (after.codes - before.codes) / (30 * 3 * 16)  # 16 bytes of codes a token, layer and kv head
     assert grown == after.coded_tokens - before.coded_tokens
+
+
+def test_ten_thousand_decode_steps():
+    """One small layer: codes grow by what they must, everything else stays, and no Python object is left behind."""
+    model = tiny_llama(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
+    config = AnTKVConfig(VQSpec(4, 4), VQSpec(4, 4), window=10, chunk=20)
+    cache = AnTKVCache(model.config, codebook=random_codebook(model, config))
+    g = torch.Generator().manual_seed(0)
+    keys, values, query = (torch.randn(1, 1, 1, 8, generator=g) for _ in range(3))
+    ignore, seen = live_pointers(), []
+    for step in range(1, 10_001):
+        handles = cache.update(keys, values, 0)
+        if step % 50 == 0:  # attention over thousands of codes takes most of the time
+            torch.nn.functional.scaled_dot_product_attention(query, *handles)
+        if step % 2500 == 0:  # a multiple of the chunk: the tail is as long each time
+            seen.append((cache.memory_footprint(), live_tensor_bytes(ignore), len(gc.get_objects())))
+    for (before, bytes_before, objects_before), (after, bytes_after, objects_after) in pairwise(seen[1:]):
+        assert after.tokens == before.tokens + 2500 and after.coded_tokens == before.coded_tokens + 2500
+        assert (after.window, after.scores, after.sinks) == (before.window, before.scores, before.sinks)
+        assert after.codes - before.codes == 2500 * 2  # a byte for keys and one for values
+        assert bytes_after - bytes_before == after.total - before.total
+        assert objects_after - objects_before < 50
 
 
 def test_tables_are_shared_by_the_caches_of_a_model(shapes):

@@ -264,19 +264,24 @@ def evaluate(
 @app.command()
 def inspect(
     codebook: Annotated[
-        str | None, typer.Argument(metavar="[CODEBOOK]", help="Folder or Hub id of a codebook.")
+        str | None,
+        typer.Argument(metavar="[CODEBOOK]", help="Folder or Hub id of a codebook, or a file of AnTKVCache.save."),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Folder or Hub id of a model: does it fit, or what could it have?")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a codebook is, whether it fits a model, or what a model could have."""
+    """Say what a codebook or a saved cache is, whether a codebook fits a model, or what a model could have."""
     _quiet()
-    from .evaluation.inspection import format_inspection, inspect_codebook, inspect_model
+    from .evaluation.inspection import format_cache, format_inspection, inspect_cache, inspect_codebook, inspect_model
 
     if codebook is None and model is None:
         raise ValueError("give a CODEBOOK, or --model MODEL")
+    if codebook is not None and Path(codebook).is_file():
+        held = inspect_cache(codebook)
+        typer.echo(json.dumps(held, indent=2) if as_json else format_cache(held))
+        return
     found = inspect_model(model) if codebook is None else inspect_codebook(_codebook_place(codebook), model)  # type: ignore[arg-type]
     typer.echo(json.dumps(found, indent=2) if as_json else format_inspection(found))
 

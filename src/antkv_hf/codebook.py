@@ -6,6 +6,7 @@ A codebook is ``config.json`` (format, model, specs, hash) and ``codebooks.safet
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from .codebook_card import card_content
 from .codecs import LayerCodec, VectorQuantizer, VQTables
 from .config import AnTKVConfig
+from .hashing import json_sha256, tensors_sha256
 from .rotary import Rotary
 
 FORMAT_VERSION = 1
@@ -34,6 +36,7 @@ _NOT_THE_MODEL = (
     "quantization_config",
 )  # fmt: skip
 CONFIG_FILE, TABLES_FILE = "config.json", "codebooks.safetensors"
+_CONFIG_FIELDS = {"format_version", "model", "antkv", "layers", "tables", "calibration", "evaluation", "sha256"}
 
 
 class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "quantization", "antkv"]):
@@ -74,6 +77,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                     raise ValueError(f"layer {layer}, {role} tables: {error}") from error
         self.config, self.tables, self.model = config, tables, model
         self.calibration, self.evaluation = calibration or {}, evaluation or []
+        self.source: dict[str, str | None] | None = None  # name or path, and revision, of one that was loaded
         self._codecs: dict[tuple, LayerCodec] = {}
         self._rotaries: dict[tuple | None, Rotary] = {}
 
@@ -115,16 +119,14 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                 )
             turn = rotary[layer] if config.rope == "pre" else None
             form = None if turn is None else (device, tuple(turn.inv_freq.tolist()), turn.interleaved, turn.scaling)
-            if turn is not None and form not in self._rotaries:  # one object, so one angle table, for all layers
-                self._rotaries[form] = turn.to(device)
             place = (layer, device, form)
-            if place not in self._codecs:
-                self._codecs[place] = LayerCodec(
-                    VectorQuantizer(key_spec, key, device),
-                    VectorQuantizer(value_spec, value, device),
-                    self._rotaries[form] if turn is not None else None,
-                )
-            return self._codecs[place]
+            if place in self._codecs:
+                return self._codecs[place]
+            # setdefault: of two threads that start at once, both get the tables that the first has placed
+            if turn is not None:  # one object, so one angle table, for all layers
+                turn = self._rotaries.setdefault(form, turn.to(device))
+            made = LayerCodec(VectorQuantizer(key_spec, key, device), VectorQuantizer(value_spec, value, device), turn)
+            return self._codecs.setdefault(place, made)
 
         return codec
 
@@ -137,6 +139,11 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
     def tables_bytes(self) -> int:
         """Bytes of the tables as stored."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of the tables, by which a saved cache knows its codebook; independent of where and how it is stored."""
+        return tensors_sha256(self._tensors())
 
     def __deepcopy__(self, memo: dict) -> AnTKVCodebook:
         return self
@@ -165,6 +172,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             "calibration": self.calibration,
             "evaluation": self.evaluation,
         }
+        data["sha256"] = json_sha256(data)
         (save_directory / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
@@ -212,26 +220,33 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                 ) from error
             except EntryNotFoundError as error:
                 raise FileNotFoundError(f"Hub repo {model_id} is no codebook: {error}") from error
-        return cls.from_files(*paths)
+        codebook = cls.from_files(*paths)
+        if folder.is_dir():  # one that ships with the package is found again by its name, on any machine
+            names = {path: name for name, path in shipped_codebooks().items()}
+            model_id = names.get(folder.resolve(), str(folder.resolve()))
+        codebook.source = {"name_or_path": model_id, "revision": revision}
+        return codebook
 
     @classmethod
     def from_files(cls, config_path: Path, tables_path: Path) -> AnTKVCodebook:
         """Reads and verifies the two files.
 
         Raises:
-            ValueError: unreadable JSON, unknown format_version, a size or hash that does not match, tables that do not
-                fit their config. Nothing is unpickled.
+            ValueError: unreadable JSON, unknown format_version or field, a size or hash that does not match, tables
+                that do not fit their config. Nothing is unpickled.
         """
         try:
             data = json.loads(config_path.read_text(encoding="utf-8"))
             version = data["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{config_path} is not the config.json of a codebook: {error!r}") from error
         if version != FORMAT_VERSION:
             raise ValueError(
                 f"{config_path}: format_version {version} is not known (this antkv-hf reads {FORMAT_VERSION}); "
                 "upgrade antkv-hf or calibrate again"
             )
+        if unknown := sorted(set(data) - _CONFIG_FIELDS):
+            raise ValueError(f"{config_path}: unknown field {unknown[0]!r}; the file was changed: download it again")
         try:
             expected, size = data["tables"]["sha256"], data["tables"]["bytes"]
             model, config = data["model"], AnTKVConfig.from_dict(data["antkv"])
@@ -254,9 +269,17 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                 _, layer, role, part = name.split(".")
                 grouped.setdefault(int(layer), {}).setdefault(role, {})[part] = tensor
             tables = {i: (VQTables(**g["key"]), VQTables(**g["value"])) for i, g in grouped.items()}
-            return cls(config, tables, model, data.get("calibration"), data.get("evaluation"))
-        except (SafetensorError, KeyError, TypeError) as error:
+            codebook = cls(config, tables, model, data.get("calibration"), data.get("evaluation"))
+        except (SafetensorError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{tables_path} does not hold the tables of a codebook: {error!r}") from error
+        if "sha256" in data:  # last, so that whatever else is wrong has been named
+            stated = data.pop("sha256")
+            if stated != json_sha256(data):
+                raise ValueError(
+                    f"{config_path} has not the sha256 that it states ({str(stated)[:12]}...): it was changed; "
+                    "download it again (defaults can be changed where a cache is made: from_pretrained(..., window=64))"
+                )
+        return codebook
 
 
 def shipped_codebooks() -> dict[str, Path]:

@@ -48,10 +48,11 @@ class Rotary:
         With `turn_back` on the queries this equals `rotate` at the true positions, for one table of any block.
         """
         n = x.shape[-2]
-        if not self._table or self._table[0].shape[0] < n:
+        table = self._table.copy()  # another thread may exchange it for one of another length at any time
+        if not table or table[0].shape[0] < n:
             angle = torch.arange(n, device=x.device, dtype=torch.float32).unsqueeze(-1) * self.inv_freq
-            self._table[:] = [angle.cos() * self.scaling, angle.sin() * self.scaling]
-        cos, sin = (t[:n].to(x.dtype) for t in self._table)
+            self._table[:] = table = [angle.cos() * self.scaling, angle.sin() * self.scaling]
+        cos, sin = (t[:n].to(x.dtype) for t in table)
         return self._apply(x, cos, sin)
 
     def turn_back(self, query: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -330,6 +331,28 @@ class LayerStorage:
                 setattr(self, name, change(tensor))
         self.sinks = None if self.sinks is None else self.sinks.map(change)
         self.anchors = None if self.anchors is None else self.anchors.map(change)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every buffer by name, those of exact tokens as ``sinks.<field>`` and ``anchors.<field>``; no empty ones."""
+        named = {name: getattr(self, name) for name in self._BATCHED}
+        for kind in ("sinks", "anchors"):
+            if (tokens := getattr(self, kind)) is not None:
+                named |= {f"{kind}.{f.name}": getattr(tokens, f.name) for f in fields(ExactTokens)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @classmethod
+    def from_tensors(
+        cls, codec: LayerCodec, config: AnTKVConfig, score: AnchorScore | None, tensors: dict[str, torch.Tensor]
+    ) -> LayerStorage:
+        """Inverse of `tensors`. Takes them as they are: `storage_check` first what comes from outside."""
+        storage = cls(codec, config, score, tensors["tail_keys"], tensors["tail_values"])
+        for name in cls._BATCHED:
+            setattr(storage, name, tensors.get(name))
+        for kind in ("sinks", "anchors"):
+            parts: dict[str, Any] = {f.name: tensors.get(f"{kind}.{f.name}") for f in fields(ExactTokens)}
+            if parts["positions"] is not None:
+                setattr(storage, kind, ExactTokens(**parts))
+        return storage
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of each kind of buffer, as allocated."""

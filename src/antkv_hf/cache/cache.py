@@ -16,7 +16,7 @@ from ..attention.backends import select_backend
 from ..codebook import AnTKVCodebook
 from ..codecs import IdentityCodec, LayerCodec
 from ..config import AnTKVConfig
-from . import interface
+from . import interface, persistence
 from .footprint import MemoryFootprint
 from .layer import AnTKVLayer, LayerPlan, quantizable_layers
 from .model_rotary import model_rotary
@@ -71,6 +71,7 @@ class AnTKVCache(Cache):
         text = model_config.get_text_config(decoder=True)
         layers = _layers(model_config, text, config, codebook)
         self.antkv_config, self.codebook, self.on_new_prompt = config, codebook, on_new_prompt
+        self._text_config = text  # what `save` tells of the model
         self._guard = PromptGuard()
         super().__init__(layers=layers)
 
@@ -101,6 +102,44 @@ class AnTKVCache(Cache):
         if model is not None:
             model.set_attn_implementation(interface.NAME)
         return cache
+
+    def save(self, path: str | Path) -> None:
+        """Writes the cache to one file, to go on from there in another process: see `load`.
+
+        The file (safetensors, with JSON in its metadata) appears by one rename once it is complete on the disk: a kill
+        in the middle leaves the old file, or none. It holds codes, anchors, window, scores, prompt and config with a
+        hash over all of it; of the codebook only its hash and where it was loaded from, of the model only its sizes.
+        An empty cache is saved as one; with assisted decoding, tokens that are not coded yet are saved exact, and the
+        loaded cache goes on recording its past.
+
+        Raises:
+            ValueError: a layer holds state that cannot be saved (linear attention of some hybrids). Nothing is written.
+            OSError: no such folder, no space, no permission.
+        """
+        persistence.save_cache(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: PreTrainedModel | None = None,
+        codebook: AnTKVCodebook | str | Path | None = None,
+        device: torch.device | str | None = None,
+    ) -> AnTKVCache:
+        """The cache that `save` wrote, as it was: the next tokens are those that it would have given.
+
+        Args:
+            model: the model that will go on, checked to have the sizes of the one that filled the cache (its weights
+                are not); the fast lane is switched on as in `from_pretrained`. Layers go where the model computes them.
+            codebook: the codebook that the cache was made with, or where it is now; by default it is loaded from where
+                it came from then.
+            device: where all layers go instead (without a model: the CPU). Buffers keep their dtype.
+
+        Raises:
+            FileNotFoundError: the file or its codebook is not there.
+            ValueError: damaged or changed file, unknown format_version, another codebook or model.
+        """
+        return persistence.load_cache(cls, path, model, codebook, device)
 
     @property
     def quantized_layers(self) -> list[AnTKVLayer]:

@@ -10,6 +10,7 @@ from ..attention.backends import make_backend
 from ..codecs import LayerCodec
 from ..config import AnTKVConfig
 from ..storage import LayerStorage
+from ..storage_check import check_tail, check_tensors
 from .handle import KVHandle, SharedSnapshot
 
 _NO_TOKENS = (
@@ -122,6 +123,19 @@ class AnTKVLayer(CacheLayerMixin):
                 f"{name}: keys moved from {old.dtype} on {old.device} to {keys.dtype} on {keys.device}; "
                 "a cache stays where it was first filled: make a new one"
             )
+
+    def restore(self, tensors: dict[str, torch.Tensor], record_past: bool) -> None:
+        """Takes the buffers that `LayerStorage.tensors` gave (none: an empty layer), on the device they are to stay on.
+
+        Raises:
+            ValueError: naming the first that does not fit this layer's codec and config.
+        """
+        if tensors:
+            check_tail(tensors)
+            self.lazy_initialization(tensors["tail_keys"], tensors["tail_values"])
+            check_tensors(tensors, self._stored)
+            self.storage = LayerStorage.from_tensors(self._stored.codec, self.plan.config, self.plan.score, tensors)
+        self.record_past = record_past
 
     def get_seq_length(self) -> int:
         return 0 if self.storage is None else self.storage.length

@@ -1,7 +1,8 @@
-"""What a codebook is, whether it fits a model, and what a model could have; reads no weights."""
+"""What a codebook or saved cache is, whether it fits a model, and what a model could have; reads no weights."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,15 @@ from transformers import AutoConfig
 
 from ..attention.backends import select_backend
 from ..cache.cache import AnTKVCache
+from ..cache.persistence import FORMAT_VERSION, read_cache_file
 from ..codebook import AnTKVCodebook, describe_model
 from ..config import BITS_TO_SPEC, AnTKVConfig, VQSpec
+
+_KINDS = {  # buffer of a saved layer -> name in `MemoryFootprint`
+    "key_codes": "codes", "value_codes": "codes", "tail_keys": "window", "tail_values": "window",
+    "statistic": "scores", "query_moment": "scores", "offset": "scores",
+    "keys": "other_layers", "values": "other_layers",
+}  # fmt: skip
 
 
 def inspect_codebook(place: str, model: str | None = None) -> dict[str, Any]:
@@ -66,6 +74,52 @@ def inspect_model(name: str) -> dict[str, Any]:
         "bytes_per_token_16_bit": 2 * elements,
         "presets": presets,
     }
+
+
+def inspect_cache(path: str | Path) -> dict[str, Any]:
+    """A file of `AnTKVCache.save` as JSON-ready facts; its hash is verified, its codebook is not needed.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_cache_file`.
+    """
+    saved = read_cache_file(path)
+    sizes: dict[str, int] = {}
+    for name, tensor in saved.tensors.items():
+        buffer = name if name == "prompt_ids" else name.split(".")[2]  # layers.<i>.<buffer>[.<field>]
+        kind = _KINDS.get(buffer, buffer)
+        sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
+    quantized = [record for record in saved.layers if record["type"] == "AnTKVLayer"]
+    return {
+        "cache": str(path),
+        "format_version": FORMAT_VERSION,
+        "library_version": saved.library_version,
+        "model": {k: v for k, v in saved.model.items() if k != "text_config"},
+        "codebook": saved.codebook,
+        "config": saved.config.to_dict(),
+        "quantized_layers": len(quantized),
+        "batch": max(record["batch"] for record in quantized),
+        "tokens": max(record["length"] for record in quantized),
+        "coded_tokens": max(record.get("coded", 0) for record in quantized),
+        "tensor_bytes": sizes,
+        "file_bytes": Path(path).stat().st_size,
+    }
+
+
+def format_cache(found: dict[str, Any]) -> str:
+    """The result of `inspect_cache` for people."""
+    model, book, config = found["model"], found["codebook"], found["config"]
+    made = "none (identity)" if book is None else f"{book['name_or_path'] or 'in memory'}, sha256 {book['sha256'][:12]}"
+    tail = found["tokens"] - found["coded_tokens"]
+    lines = [
+        f"Cache of {model['base_model']} ({model['model_type']}): {found['quantized_layers']} of "
+        f"{model['num_hidden_layers']} layers quantized",
+        f"  tokens      {found['batch']} x {found['tokens']:,}: {found['coded_tokens']:,} coded, {tail:,} exact",
+        f"  codebook    {made}",
+        f"  config      keys {config['key']}, values {config['value']}, window {config['window']}",
+        "  bytes       " + ", ".join(f"{kind} {size:,}" for kind, size in found["tensor_bytes"].items()),
+        f"  file        {found['file_bytes']:,} bytes, hash verified; written by antkv-hf {found['library_version']}",
+    ]
+    return "\n".join(lines)
 
 
 def model_config(name: str):
