@@ -333,8 +333,9 @@ class LayerStorage:
         self.anchors = None if self.anchors is None else self.anchors.map(change)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every buffer by name, those of exact tokens as ``sinks.<field>`` and ``anchors.<field>``; no empty ones."""
-        named = {name: getattr(self, name) for name in self._BATCHED}
+        """Every buffer by name, those of exact tokens as ``sinks.<field>`` and ``anchors.<field>``; no empty ones, and
+        not `exact_bits`, which the positions of exact tokens give."""
+        named = {name: getattr(self, name) for name in self._BATCHED if name != "exact_bits"}
         for kind in ("sinks", "anchors"):
             if (tokens := getattr(self, kind)) is not None:
                 named |= {f"{kind}.{f.name}": getattr(tokens, f.name) for f in fields(ExactTokens)}
@@ -342,16 +343,19 @@ class LayerStorage:
 
     @classmethod
     def from_tensors(
-        cls, codec: LayerCodec, config: AnTKVConfig, score: AnchorScore | None, tensors: dict[str, torch.Tensor]
-    ) -> LayerStorage:
+        cls, codec: LayerCodec, config: AnTKVConfig, score: AnchorScore | None, tensors: dict[str, torch.Tensor],
+        backend: Backend = REFERENCE,
+    ) -> LayerStorage:  # fmt: skip
         """Inverse of `tensors`. Takes them as they are: `storage_check` first what comes from outside."""
-        storage = cls(codec, config, score, tensors["tail_keys"], tensors["tail_values"])
+        storage = cls(codec, config, score, tensors["tail_keys"], tensors["tail_values"], backend)
         for name in cls._BATCHED:
             setattr(storage, name, tensors.get(name))
         for kind in ("sinks", "anchors"):
             parts: dict[str, Any] = {f.name: tensors.get(f"{kind}.{f.name}") for f in fields(ExactTokens)}
             if parts["positions"] is not None:
                 setattr(storage, kind, ExactTokens(**parts))
+        storage.max_offset = int(storage.offset.max())
+        storage._mark_exact()
         return storage
 
     def memory_bytes(self) -> dict[str, int]:

@@ -134,7 +134,8 @@ class AnTKVLayer(CacheLayerMixin):
             check_tail(tensors)
             self.lazy_initialization(tensors["tail_keys"], tensors["tail_values"])
             check_tensors(tensors, self._stored)
-            self.storage = LayerStorage.from_tensors(self._stored.codec, self.plan.config, self.plan.score, tensors)
+            empty = self._stored
+            self.storage = LayerStorage.from_tensors(empty.codec, empty.config, empty.score, tensors, empty.backend)
         self.record_past = record_past
 
     def get_seq_length(self) -> int:
