@@ -1,6 +1,6 @@
 """Compiles every kernel launch of a module of calls for GPUs that are not here. Run in its own process:
 
-    python tests/kernels/ahead_of_time.py aot.encode sm_86,gfx942 CALLS,MORE_CALLS
+    python tests/kernels/ahead_of_time.py aot.encode,aot.dequantize CALLS@sm_86,gfx942 MORE_CALLS@sm_86
 
 Launches are recorded instead of run, so what is compiled is what the launchers would start.
 """
@@ -46,7 +46,7 @@ def record(calls, hip: bool = False) -> dict[str, tuple[ASTSource, dict]]:
         values = {**dict(zip(kernel.arg_names, args)), **kwargs}
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(kernel.params):
-            value = values[parameter.name] if parameter.name in values else parameter.default
+            value = values.get(parameter.name, parameter.default)
             if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[(i,)] = "constexpr", value
                 continue
@@ -73,26 +73,38 @@ def _type(value) -> str:
     return "i32" if abs(value) < 1 << 31 else "i64"
 
 
-def main(module: str, names: list[str], lists: list[str]) -> None:
-    """Compiles the launches of ``module.CALLS`` (and other `lists`) for the named targets; prints a JSON line each."""
-    cases = importlib.import_module(module)
-    calls = [call for name in lists for call in getattr(cases, name)]
-    launches = {hip: record(calls, hip) for hip in {TARGETS[name][0].backend == "hip" for name in names}}
-    for name in names:
-        target, limit = TARGETS[name]
-        for key, (source, options) in launches[target.backend == "hip"].items():
-            found = {"target": name, "kernel": source.fn.__name__, "launch": key, "limit": limit}
-            begin = time.perf_counter()
-            try:
-                compiled = triton.compile(source, target=target, options=dict(options))
-                assembly = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
-                matrix = any(word in assembly for word in ("mma", "wgmma", "mfma", "tcgen05"))
-                found |= {"shared": compiled.metadata.shared, "matrix": matrix}
-            except Exception as error:  # reported, and failed by the test that reads this
-                found["error"] = f"{type(error).__name__}: {str(error)[:300]}"
-            found["seconds"] = round(time.perf_counter() - begin, 2)
-            print(json.dumps(found), flush=True)
+def main(modules: list[str], plans: dict[str, list[str]]) -> None:
+    """Compiles what the calls in the lists of each module launch, for the targets of each list in `plans`.
+
+    Prints a JSON line a launch and target. A module without one of the lists has nothing to compile there.
+    """
+    for module in modules:
+        cases = importlib.import_module(module)
+        for plan, names in plans.items():
+            calls = getattr(cases, plan, [])
+            launches = {hip: record(calls, hip) for hip in {TARGETS[name][0].backend == "hip" for name in names}}
+            for name in names:
+                for source, options in launches[TARGETS[name][0].backend == "hip"].values():
+                    found = {"module": module, "list": plan, "target": name, "kernel": source.fn.__name__}
+                    constants = {source.fn.arg_names[i]: str(value) for (i,), value in source.constants.items()}
+                    found |= {"types": source.signature, "constants": constants, "options": options}
+                    print(json.dumps(found | compile_launch(name, source, options)), flush=True)
+
+
+def compile_launch(name: str, source: ASTSource, options: dict) -> dict:
+    """What compiling for a target gave: shared memory and its limit, whether matrix units are used; or an error."""
+    target, limit = TARGETS[name]
+    begin = time.perf_counter()
+    try:
+        compiled = triton.compile(source, target=target, options=dict(options))
+    except Exception as error:  # reported, and failed by the test that reads this
+        return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    assembly = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
+    matrix = any(word in assembly for word in ("mma", "mfma", "tcgen05"))  # wgmma and mma.sync among them
+    seconds = round(time.perf_counter() - begin, 2)
+    return {"shared": compiled.metadata.shared, "limit": limit, "matrix": matrix, "seconds": seconds}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2].split(","), (sys.argv[3] if len(sys.argv) > 3 else "CALLS").split(","))
+    lists = dict(argument.split("@") for argument in sys.argv[2:])
+    main(sys.argv[1].split(","), {name: targets.split(",") for name, targets in lists.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from antkv.anchor_score import column_statistic, query_moment
-from antkv.decode_attention import MAX_ROWS, decode_attention
+from antkv.decode_attention import MAX_ROWS, MIN_ROWS, decode_attention
 from antkv.encode import encode_keys, encode_values
 from antkv.past import ExactTokens, QuantizedPast
 from antkv.prefill import prefill_attention
@@ -43,10 +43,10 @@ class TritonBackend:
         options = dict(
             scale=scale, mask=visibility.mask, is_causal=visibility.is_causal, softcap=softcap, sink_logit=sink_logit
         )
-        kv_heads, q_len = past.tail_keys.shape[1], query.shape[2]
+        kv_heads = past.tail_keys.shape[1]
         quantized = self._quantized_past(past)
-        few = q_len <= MAX_DECODE_QUERIES and query.shape[1] // kv_heads * q_len <= MAX_ROWS
-        answer = decode_attention if few and quantized is not None else prefill_attention
+        decode = quantized is not None and _decodes(query, kv_heads)
+        answer = decode_attention if decode else prefill_attention
         out, lse = answer(query, quantized, past.tail_keys, past.tail_values, **options)
         return out.unflatten(1, (kv_heads, -1)), lse.unflatten(1, (kv_heads, -1))
 
@@ -78,3 +78,11 @@ class TritonBackend:
         return QuantizedPast(
             past.key_codes, past.value_codes, self.key_tables, self.value_tables, exact, past.exact_bits, past.offset
         )
+
+
+def _decodes(query: torch.Tensor, kv_heads: int) -> bool:
+    """Whether decode attention answers these queries; the prefill path, which can do anything, answers the rest."""
+    rows, head_dim = query.shape[1] // kv_heads * query.shape[2], query.shape[3]
+    if query.dtype == torch.float32:  # larger tiles of float32 failed on an H100 with Triton 3.6
+        return rows <= MIN_ROWS and head_dim <= 128
+    return query.shape[2] <= MAX_DECODE_QUERIES and rows <= MAX_ROWS

@@ -315,6 +315,7 @@ def decode_attention(
     n_anchors = 0 if anchors is None else anchors.positions.shape[2]
     n_sinks = 0 if sinks is None else sinks.positions.shape[2]
     block, value_block = head_block(dim), head_block(value_dim)
+    row_block = max(MIN_ROWS, triton.next_power_of_2(rows))
     dtype = tl.float32 if keys.centroids.dtype == torch.float32 else tl.float16
     splits, lanes = plan_splits(n_codes, batch, heads, query.device)
 
@@ -332,8 +333,8 @@ def decode_attention(
         keys.channels, keys.frequency, keys.pair_scale, keys.mean, keys.turns, *a, *s[:3], tail_keys, tail_values,
         query if mask is None else mask, *strides,
         n_codes, n_anchors, n_sinks, tail, splits, past.exact_bits.shape[-1], scale, softcap or 0.0,
-        batch, H=heads, LANES=lanes, GROUP=group, Q_LEN=q_len, BR=max(MIN_ROWS, triton.next_power_of_2(rows)),
-        D=dim, DV=value_dim, BD=block, BDV=value_block, **_tiles(block, dtype == tl.float32),
+        batch, H=heads, LANES=lanes, GROUP=group, Q_LEN=q_len, BR=row_block,
+        D=dim, DV=value_dim, BD=block, BDV=value_block, **_tiles(block, row_block, dtype == tl.float32),
         K_GROUPS=keys.codes.groups, K_STAGES=keys.codes.stages, K_BITS=keys.codes.code_bits, K_SUB=keys.codes.sub_dim,
         K_WIDTH=keys.codes.width, V_GROUPS=values.codes.groups, V_STAGES=values.codes.stages,
         V_BITS=values.codes.code_bits, V_SUB=values.codes.sub_dim, V_WIDTH=values.codes.width,
@@ -360,10 +361,10 @@ def plan_splits(n_codes: int, batch: int, heads: int, device: torch.device) -> t
     return max(1, min(wanted, most)), lanes
 
 
-def _tiles(block: int, float32: bool) -> dict[str, int]:
+def _tiles(block: int, rows: int, float32: bool) -> dict[str, int]:
     # One stage: with more, Triton makes gathers asynchronous copies that bypass the L1 cache.
     tokens = 32 if block > 128 or float32 else 64
-    return dict(BN=tokens, BM=16, num_warps=4, num_stages=1)
+    return dict(BN=tokens, BM=16, num_warps=4 if rows == MIN_ROWS and block <= 128 else 2, num_stages=1)
 
 
 def _sort_exact(sets: tuple[ExactTokens, ...]) -> tuple[ExactTokens | None, ExactTokens | None]:

@@ -1,0 +1,260 @@
+"""Times of the kernels on one layer of Llama-3-8B's shape, side by side with PyTorch's attention. Needs a CUDA GPU.
+
+    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/kernels.py --out FOLDER [--quick] [--bits 1 2 0.5]
+
+Writes FOLDER/kernels.csv and, where matplotlib is installed, FOLDER/kernels.png; `benchmarks/README.md` explains the
+columns. Decode attention is compared with the reference first; nothing is timed if it differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from antkv.anchor_score import column_statistic, query_moment
+from antkv.decode_attention import decode_attention
+from antkv.dequantize import dequantize
+from antkv.encode import encode_keys, encode_values
+from antkv.flash_attention import exact_attention
+from antkv.past import QuantizedPast
+from antkv.prefill import SEGMENT
+from layers import HEAD_DIM, KV_HEADS, Q_HEADS, WINDOW, random_codec, random_past
+from results import print_table, write_csv
+from timing import Timing, time_side_by_side
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from antkv_hf.attention.tables import layer_tables
+from antkv_hf.codecs import LayerCodec
+from antkv_hf.config import VQSpec
+from antkv_hf.reference.attention import Visibility, attention
+from antkv_hf.storage import ENCODE_BLOCK, ExactTokens, Snapshot
+
+DTYPE, SCALE = torch.bfloat16, HEAD_DIM**-0.5
+DECODE = [(1, 4096), (1, 32768), (1, 131072), (1, 524288), (16, 4096), (16, 32768), (16, 131072), (128, 4096)]
+PREFILL = [8192, 32768]
+QUICK_DECODE, QUICK_PREFILL = [(1, 32768), (16, 4096)], [8192]
+CHECKED = [(1, 32768), (16, 4096)]  # one of each plan of splits: few heads, many heads
+TOLERANCE = 1e-2  # of the output's largest value
+READ_SPEED = 3.06e12  # bytes a second that an H100 was measured to read
+INPUT_BYTES = 150e6  # of a competitor's inputs together: three times the L2 cache
+ROUNDS = dict(rounds=5, round_ms=5.0)
+BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+Calls = Sequence[Callable[[], object]]
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+def check_decode(codec: LayerCodec, batch: int, n: int) -> float:
+    """Difference of `decode_attention` from the reference over the same past, relative to the largest output value."""
+    past = random_past(codec, batch, n)
+    query, tail = _query(batch, past.offset.device), _tail(batch, past.offset.device)
+    exact = tuple(ExactTokens(*tokens) for tokens in past.exact)
+    snapshot = Snapshot(codec, past.key_codes, past.value_codes, exact, *tail, past.offset, past.exact_bits)
+    expected, _ = attention(snapshot, query, Visibility(None, False, 1, snapshot.length), SCALE)
+    out, _ = decode_attention(query, past, *tail, scale=SCALE)
+    expected = expected.flatten(1, 2)
+    return ((out.float() - expected).abs().max() / expected.abs().max()).item()
+
+
+def decode_bytes(past: QuantizedPast, query: torch.Tensor, tail: Sequence[torch.Tensor]) -> int:
+    """Bytes that decode attention has to read and write once: codes, exact tokens, tail, tables, query and output."""
+    keys, values = past.key_tables, past.value_tables
+    read = [past.key_codes, past.value_codes, past.exact_bits, *tail, query, query]
+    read += [tensor for tokens in past.exact for tensor in tokens if tensor is not None]
+    read += [keys.centroids, keys.mean, keys.channels, keys.frequency, keys.pair_scale, keys.turns]
+    read += [values.centroids, values.mean, values.synthesis]
+    return sum(tensor.nbytes for tensor in read)
+
+
+def decode_rows(codecs: dict[float, LayerCodec], batch: int, n: int) -> list[dict]:
+    """Rows of one batch and length: ours at each of the bits, and SDPA over bfloat16 keys and values."""
+    device = next(iter(codecs.values())).key.mean.device
+    dense_bytes = 2 * batch * KV_HEADS * (n + WINDOW) * HEAD_DIM * DTYPE.itemsize
+    needed = 1.1 * max(dense_bytes, INPUT_BYTES) + len(codecs) * max(dense_bytes / 4, INPUT_BYTES) + (1 << 30)
+    if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
+        print(f"decode, batch {batch} x {n} tokens: left out, {needed / 1e9:.0f} GB do not fit {free / 1e9:.0f} GB")
+        return []
+    query = _query(batch, device)
+    sizes, competitors = {}, {}
+    for bits, codec in codecs.items():
+        inputs = [_with_own_tables(random_past(codec, batch, n))]
+        sizes[bits] = decode_bytes(inputs[0], query, _tail(batch, device))
+        inputs += [_with_own_tables(random_past(codec, batch, n)) for _ in range(_copies(sizes[bits]) - 1)]
+        competitors["decode_attention", bits] = [
+            partial(decode_attention, query, past, *_tail(batch, device), scale=SCALE) for past in inputs
+        ]
+    dense = [_dense(batch, n + WINDOW, device) for _ in range(_copies(dense_bytes))]
+    for name, backend in BACKENDS.items():
+        calls = [partial(_sdpa, backend, query, *pair) for pair in dense]
+        if _runs(name, calls[0]):
+            competitors[name, 16] = calls
+    times = time_side_by_side(competitors, **ROUNDS)
+    best = min((t.median for (name, _), t in times.items() if name in BACKENDS), default=None)
+    rows = []
+    for (name, bits), time in times.items():
+        size = sizes.get(bits, dense_bytes) if name not in BACKENDS else dense_bytes
+        speedup = None if best is None else best / time.median
+        rows.append(_row(name, batch, n, bits, time, size / READ_SPEED * 1e6, speedup, None, size))
+    return rows
+
+
+def _query(batch: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(batch, 1, Q_HEADS, HEAD_DIM, device=device, dtype=DTYPE).transpose(1, 2)
+
+
+def _dense(batch: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = (torch.randn(batch, KV_HEADS, n, HEAD_DIM, device=device, dtype=DTYPE) for _ in range(2))
+    return keys, values
+
+
+def _tail(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return _dense(batch, WINDOW, device)
+
+
+def _copies(size: int) -> int:
+    """Inputs that a competitor cycles through, so that none waits in the L2 cache."""
+    return max(1, math.ceil(INPUT_BYTES / size))
+
+
+def _with_own_tables(past: QuantizedPast) -> QuantizedPast:
+    """Layers of a model share no tables, so neither do inputs."""
+
+    def copied(tables):
+        return type(tables)(*(x.clone() if isinstance(x, torch.Tensor) else x for x in tables))
+
+    return past._replace(key_tables=copied(past.key_tables), value_tables=copied(past.value_tables))
+
+
+def _sdpa(backend: SDPBackend, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+
+def _runs(name: str, call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except RuntimeError as error:
+        print(f"{name} left out: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------- prefill
+def prefill_rows(codecs: dict[float, LayerCodec], n: int) -> list[dict]:
+    """Rows of what a prompt of `n` tokens costs a layer besides its attention, each against that attention."""
+    device = next(iter(codecs.values())).key.mean.device
+    query = torch.randn(1, n, Q_HEADS, HEAD_DIM, device=device, dtype=DTYPE).transpose(1, 2)
+    keys, values = _dense(1, n, device)
+    offset = torch.zeros(1, dtype=torch.int64, device=device)
+    output, lse = exact_attention(query, keys, values, scale=SCALE, causal_offset=0)
+    columns = dict(scale=SCALE, first_column=0, kv_len=n)
+    competitors: dict[tuple[str, float], Calls] = {
+        ("flash attention", 16): [partial(exact_attention, query, keys, values, scale=SCALE, causal_offset=0)]
+    }
+    for term, stride in (*(("squared_attention", s) for s in (1, 8, 16)), ("anchor_score", 16)):
+        call = partial(column_statistic, term, query, keys, values, output, lse, stride=stride, **columns)
+        competitors[f"column_statistic {term} stride {stride}", 16] = [call]
+    competitors["query_moment", 16] = [partial(query_moment, query, SCALE, KV_HEADS, None, n)]
+    for bits, codec in codecs.items():
+        for name, step in ((f"encode in blocks of {ENCODE_BLOCK}", ENCODE_BLOCK), ("encode at once", n)):
+            competitors[name, bits] = [partial(_encode, codec, keys, values, offset, step)]
+        scratch = _dense(1, SEGMENT, device)
+        call = partial(dequantize, random_past(codec, 1, SEGMENT), 0, SEGMENT, DTYPE, out=scratch)
+        competitors[f"dequantize {SEGMENT} tokens", bits] = [call]
+    times = time_side_by_side(competitors, **ROUNDS)
+    flash = times["flash attention", 16].median
+    return [_row(name, 1, n, bits, t, None, None, t.median / flash, None) for (name, bits), t in times.items()]
+
+
+def _encode(codec: LayerCodec, keys: torch.Tensor, values: torch.Tensor, offset: torch.Tensor, step: int) -> None:
+    key_tables, value_tables = layer_tables(codec, DTYPE)
+    for start in range(0, keys.shape[2], step):
+        encode_keys(keys[:, :, start : start + step], key_tables, start, offset)
+        encode_values(values[:, :, start : start + step], value_tables)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+def _row(
+    kernel: str, batch: int, n: int, bits: float, time: Timing, floor: float | None, speedup: float | None,
+    over_flash: float | None, size: int | None,
+) -> dict:  # fmt: skip
+    return dict(
+        kernel=kernel, batch=batch, n=n, bits=bits, median_us=time.median, fastest_us=time.fastest,
+        slowest_us=time.slowest, speedup_over_sdpa=speedup, time_over_flash=over_flash, floor_us=floor, bytes=size,
+    )  # fmt: skip
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Left: speedup of decode attention over the best SDPA; right: time of prefill's pieces over flash attention."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5))
+    for panel, column, title in (
+        (panels[0], "speedup_over_sdpa", "decode attention: speedup over the best SDPA"),
+        (panels[1], "time_over_flash", "prefill: time over flash attention's"),
+    ):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            if row[column] is None or row["kernel"] in (*BACKENDS, "flash attention"):
+                continue
+            what = f"batch {row['batch']}" if column == "speedup_over_sdpa" else row["kernel"]
+            bits = f", {row['bits']:g} bit" if row["bits"] != 16 else ""
+            lines.setdefault(what + bits, []).append((row["n"], row[column]))
+        for label, points in lines.items():
+            panel.plot(*zip(*sorted(points)), marker="o", label=label)
+        panel.axhline(1.0, color="gray", linewidth=0.8)
+        panel.set(xlabel="tokens", title=title)
+        panel.set_xscale("log", base=2)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[1].set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of kernels.csv and kernels.png")
+    parser.add_argument("--quick", action="store_true", help="two decode shapes and one prompt only")
+    parser.add_argument("--bits", type=float, nargs="+", default=[1.0], help="presets of VQSpec.for_bits")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("the kernels are timed with CUDA graphs: this needs a CUDA GPU")
+    run(arguments.out, arguments.bits, "cuda", arguments.quick)
+
+
+@torch.no_grad()
+def run(out: Path, bits: list[float], device: str, quick: bool) -> None:
+    torch.manual_seed(0)
+    codecs = {b: random_codec(str(VQSpec.for_bits(b)), device=device) for b in bits}
+    for b, codec in codecs.items():
+        for batch, n in CHECKED:
+            error = check_decode(codec, batch, n)
+            print(f"decode_attention {b:g} bit, batch {batch} x {n}: off by {error:.1e} of the largest output value")
+            if not error <= TOLERANCE:
+                sys.exit(f"decode attention is wrong (more than {TOLERANCE:g}): nothing was timed")
+    rows: list[dict] = []
+    for batch, n in QUICK_DECODE if quick else DECODE:
+        rows += decode_rows(codecs, batch, n)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    for n in QUICK_PREFILL if quick else PREFILL:
+        rows += prefill_rows(codecs, n)
+    print_table(rows)
+    write_csv(out / "kernels.csv", rows, device)
+    if importlib.util.find_spec("matplotlib"):
+        plot(rows, out / "kernels.png")
+    else:
+        print("matplotlib is not installed: the plot was left out")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Synthetic layers of the shape of Llama-3-8B for benchmarks: 32 query heads, 8 kv heads, head size 128, bfloat16."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from antkv.past import ExactTokens, QuantizedPast
+
+from antkv_hf.attention.tables import layer_tables
+from antkv_hf.codecs import LayerCodec, VectorQuantizer, VQTables
+from antkv_hf.config import VQSpec
+from antkv_hf.rotary import Rotary
+
+Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+ANCHORS_PER_CHUNK, CHUNK, SINKS, WINDOW = 3, 128, 4, 128  # anchors: 2% of a chunk, rounded
+
+
+def llama_rotary(head_dim: int = HEAD_DIM) -> Rotary:
+    """Llama 3's RoPE."""
+    return Rotary(500000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
+
+
+def random_tables(
+    spec: VQSpec, kv_heads: int = KV_HEADS, head_dim: int = HEAD_DIM, seed: int = 0
+) -> tuple[VQTables, VQTables]:
+    """Random tables: keys in a permutation that keeps RoPE pairs, values in an orthogonal basis."""
+    g = torch.Generator().manual_seed(seed)
+    size = (kv_heads, spec.groups(head_dim), spec.stages, spec.centroids, spec.sub_dim)
+    pairs = llama_rotary(head_dim).channel_pairs(head_dim)
+    order = [pairs[torch.randperm(head_dim // 2, generator=g)].flatten() for _ in range(kv_heads)]
+    basis = torch.linalg.qr(torch.randn(kv_heads, head_dim, head_dim, generator=g))[0]
+    root = torch.eye(spec.sub_dim).expand(kv_heads, size[1], spec.sub_dim, spec.sub_dim)
+    mean = torch.zeros(kv_heads, head_dim)
+    centroids = [torch.randn(size, generator=g) / math.sqrt(spec.stages) for _ in range(2)]
+    key = VQTables(centroids[0], mean, permutation=torch.stack(order), metric_root=root)
+    return key, VQTables(centroids[1], mean, synthesis=basis)
+
+
+def random_codec(spec: str, seed: int = 0, device: str = "cuda") -> LayerCodec:
+    """A layer's codec on `random_tables`."""
+    vq = VQSpec.parse(spec)
+    codecs = [VectorQuantizer(vq, tables, device) for tables in random_tables(vq, seed=seed)]
+    return LayerCodec(*codecs, rotary=llama_rotary().to(torch.device(device)))
+
+
+def random_past(codec: LayerCodec, batch: int, length: int) -> QuantizedPast:
+    """`length` coded tokens with int8 anchors (3 of each 128) and bfloat16 sinks, all random."""
+    device = codec.key.mean.device
+    key_tables, value_tables = layer_tables(codec, torch.bfloat16)
+    shape = (batch, KV_HEADS, length)
+    codes = [
+        torch.randint(0, 256, (*shape, t.codes.width), dtype=torch.uint8, device=device)
+        for t in (key_tables, value_tables)
+    ]
+    places = torch.rand(batch, KV_HEADS, length // CHUNK, CHUNK, device=device)
+    places[:, :, 0, :SINKS] = -1
+    best = places.topk(ANCHORS_PER_CHUNK, -1).indices + torch.arange(0, length, CHUNK, device=device).unsqueeze(1)
+    anchors = _tokens(best.flatten(-2).sort(-1).values, torch.int8)
+    sinks = _tokens(torch.arange(SINKS, device=device).expand(batch, KV_HEADS, SINKS), torch.bfloat16)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    for tokens in (anchors, sinks):
+        mask.scatter_(2, tokens.positions.long(), True)
+    bits = (mask.unflatten(-1, (-1, 8)) * (1 << torch.arange(8, device=device))).sum(-1).to(torch.uint8)
+    offset = torch.zeros(batch, dtype=torch.int64, device=device)
+    return QuantizedPast(*codes, key_tables, value_tables, (sinks, anchors), bits, offset)
+
+
+def _tokens(positions: torch.Tensor, dtype: torch.dtype) -> ExactTokens:
+    shape = (*positions.shape, HEAD_DIM)
+    keys, values = (torch.randn(shape, device=positions.device) for _ in range(2))
+    positions = positions.to(torch.int32).contiguous()
+    if dtype != torch.int8:
+        return ExactTokens(positions, keys.to(dtype), values.to(dtype))
+    scale = torch.full((*positions.shape, 1), 0.03, dtype=torch.float16, device=positions.device)
+    return ExactTokens(positions, (keys * 33).to(dtype), (values * 33).to(dtype), scale, scale.clone())

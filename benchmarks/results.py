@@ -1,0 +1,48 @@
+"""What the benchmarks write: a CSV of their rows, with what they ran on, and the same as a table."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+def environment(device: torch.device | str) -> dict[str, str]:
+    """Columns that every row ends with: the GPU's name, and the versions of torch, triton and transformers."""
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "none"
+    versions = {"torch": torch.__version__}
+    for package in ("triton", "transformers"):
+        found = importlib.util.find_spec(package) is not None
+        versions[package] = importlib.metadata.version(package) if found else "none"
+    return {"gpu": gpu, **versions}
+
+
+def write_csv(path: Path, rows: Sequence[dict], device: torch.device | str) -> None:
+    """Writes `rows`, which have the same keys, and `environment` after each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common = environment(device)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *common])
+        writer.writeheader()
+        writer.writerows({**row, **common} for row in rows)
+
+
+def print_table(rows: Sequence[dict]) -> None:
+    """Prints `rows`, which have the same keys, in aligned columns; None is left blank."""
+    lines = [list(rows[0]), *([_text(x) for x in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        first, *rest = (text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths)))
+        print("  ".join([first, *rest]))
+
+
+def _text(value) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
