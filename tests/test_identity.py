@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
 from antkv_hf import AnTKVCache, AnTKVConfig
+from antkv_hf.cache.interface import antkv_attention_forward
 
 NEW_TOKENS = 24
 LANES = ("sdpa", "antkv", "eager")
@@ -68,6 +69,29 @@ def test_equals_dynamic_cache(llama, prompts, lane, mode):
         llama.set_attn_implementation("sdpa")
     assert torch.equal(out, expected)
     assert all(layer.storage.coded_length > 40 for layer in cache.layers), "nothing was coded: the test shows nothing"
+
+
+def test_chunks_without_padding_need_no_mask(llama, monkeypatch):
+    """The "antkv" lane counts causality from the end, in layers that are not quantized too."""
+    model = copy.deepcopy(llama)
+    ids = torch.randint(3, 128, (2, 90), generator=torch.Generator().manual_seed(1))
+    masks = []
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return antkv_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "antkv", attend)
+    logits = {}
+    for lane, cache in (
+        ("antkv", identity_cache(model, skip_layers=(1,))),
+        ("sdpa", DynamicCache(config=model.config)),
+    ):
+        model.set_attn_implementation(lane)
+        parts = [model(ids[:, i : i + 30], past_key_values=cache).logits for i in range(0, 90, 30)]
+        logits[lane] = torch.cat(parts, 1)
+    assert len(masks) == 9 and all(mask is None for mask in masks)
+    torch.testing.assert_close(logits["antkv"], logits["sdpa"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lane", ("sdpa", "antkv"))

@@ -359,15 +359,17 @@ class LayerStorage:
         return storage
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes of each kind of buffer, as allocated."""
+        """Bytes of each kind of buffer, as allocated; the bitmap of exact tokens goes with the anchors."""
 
         def size(*tensors: torch.Tensor | None) -> int:
             return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+        anchors, sinks = (0 if t is None else t.memory_bytes() for t in (self.anchors, self.sinks))
+        bitmap = size(self.exact_bits)
         return {
             "codes": size(self.key_codes, self.value_codes),
-            "anchors": size(self.exact_bits) + (0 if self.anchors is None else self.anchors.memory_bytes()),
-            "sinks": 0 if self.sinks is None else self.sinks.memory_bytes(),
+            "anchors": anchors + (bitmap if anchors else 0),
+            "sinks": sinks + (0 if anchors else bitmap),
             "window": size(self.tail_keys, self.tail_values),
             "scores": size(self.statistic, self.query_moment, self.offset),
         }

@@ -19,7 +19,7 @@ def layer_tables(codec: LayerCodec, dtype: torch.dtype) -> tuple[KeyTables, Valu
     """Kernel tables of a layer for a model in `dtype`: float16 centroids, or float32 ones for a float32 model.
 
     Raises:
-        UnsupportedTables: for another codec than vector quantization, or a basis, size or pairing without a kernel.
+        UnsupportedTables: for another dtype or codec, or a basis, size or pairing without a kernel.
     """
     if dtype in codec.kernel_tables:
         return codec.kernel_tables[dtype]
@@ -27,6 +27,8 @@ def layer_tables(codec: LayerCodec, dtype: torch.dtype) -> tuple[KeyTables, Valu
     if not isinstance(key, VectorQuantizer) or not isinstance(value, VectorQuantizer):
         names = f"{type(key).__name__} and {type(value).__name__}"
         raise UnsupportedTables(f"the kernels read vector-quantized codes, not those of {names}")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise UnsupportedTables(f"the kernels take float16, bfloat16 and float32 keys, not {dtype}")
     table_dtype = torch.float32 if dtype == torch.float32 else torch.float16
     tables = _key_tables(key, codec, table_dtype), _value_tables(value, table_dtype)
     codec.kernel_tables[dtype] = tables

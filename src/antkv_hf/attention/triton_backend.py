@@ -44,10 +44,12 @@ class TritonBackend:
             scale=scale, mask=visibility.mask, is_causal=visibility.is_causal, softcap=softcap, sink_logit=sink_logit
         )
         kv_heads = past.tail_keys.shape[1]
+        query = query.to(past.tail_keys.dtype)  # autocast may mix them
         quantized = self._quantized_past(past)
         decode = quantized is not None and _decodes(query, kv_heads)
         answer = decode_attention if decode else prefill_attention
-        out, lse = answer(query, quantized, past.tail_keys, past.tail_values, **options)
+        with torch.cuda.device_of(query):  # Triton launches on the current GPU, and a model may be spread over several
+            out, lse = answer(query, quantized, past.tail_keys, past.tail_values, **options)
         return out.unflatten(1, (kv_heads, -1)), lse.unflatten(1, (kv_heads, -1))
 
     def column_statistic(self, term, past: Snapshot, query, out, lse, visibility, scale, softcap, first_query, stride):
@@ -56,19 +58,23 @@ class TritonBackend:
                 term, past, query, out, lse, visibility, scale, softcap, first_query, stride
             )
         CALLS["triton.column_statistic"] += 1
-        return column_statistic(
-            TERMS[term], query, past.tail_keys, past.tail_values, out.flatten(1, 2), lse.flatten(1, 2),
-            scale=scale, first_column=past.coded_length, kv_len=past.length, stride=stride, mask=visibility.mask,
-            is_causal=visibility.is_causal, softcap=softcap, first_query=first_query,
-        )  # fmt: skip
+        keys, values = past.tail_keys, past.tail_values
+        with torch.cuda.device_of(query):
+            return column_statistic(
+                TERMS[term], query.to(keys.dtype), keys, values, out.flatten(1, 2), lse.flatten(1, 2), scale=scale,
+                first_column=past.coded_length, kv_len=past.length, stride=stride, mask=visibility.mask,
+                is_causal=visibility.is_causal, softcap=softcap, first_query=first_query,
+            )  # fmt: skip
 
     def query_moment(self, query, kv_heads, scale, first_query, kv_len):
-        return query_moment(query, scale, kv_heads, first_query, kv_len)
+        with torch.cuda.device_of(query):
+            return query_moment(query, scale, kv_heads, first_query, kv_len)
 
     def encode(self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor) -> Encoded:
         CALLS["triton.encode"] += 1
-        key_codes, key_error = encode_keys(keys, self.key_tables, start, offset)
-        value_codes, value_error = encode_values(values, self.value_tables)
+        with torch.cuda.device_of(keys):
+            key_codes, key_error = encode_keys(keys, self.key_tables, start, offset)
+            value_codes, value_error = encode_values(values, self.value_tables)
         return Encoded(key_codes, value_codes, key_error, value_error)
 
     def _quantized_past(self, past: Snapshot) -> QuantizedPast | None:
