@@ -45,7 +45,7 @@ KINDS = {
     "scoring": ("column_statistic_kernel", "query_moment_kernel"),
     "encoding": ("encode_keys_kernel", "encode_values_kernel", "value_error_kernel"),
     "dequantizing": ("dequantize_", "write_exact_kernel"),
-    "attention": ("flash", "fmha", "merge_kernel", "scaled_dot_product"),
+    "attention": ("flash", "fmha", "merge_segments", "merge_splits", "decode_kernel", "scaled_dot_product"),
     "matrix products": ("gemm", "nvjet", "xmma", "cutlass", "cublas", "aten::mm", "aten::addmm", "aten::bmm"),
 }
 

@@ -17,11 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        on_gpu = item.get_closest_marker("gpu") is not None
+        if on_gpu and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        elif not on_gpu and torch.cuda.is_available() and item.path.parent.name == "kernels":
+            item.add_marker(
+                pytest.mark.skip(reason="runs in Triton's interpreter: hide the GPU (CUDA_VISIBLE_DEVICES=)")
+            )
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:

@@ -9,6 +9,7 @@ from ..codecs import LayerCodec, VectorQuantizer
 
 SUB_DIMS = (2, 4, 8, 16, 32)
 HEAD_DIMS = 256  # the largest
+MAX_STAGES = 8
 
 
 class UnsupportedTables(ValueError):
@@ -119,6 +120,8 @@ def _codes(quantizer: VectorQuantizer) -> Codes:
     spec = quantizer.spec
     if spec.sub_dim not in SUB_DIMS:
         raise UnsupportedTables(f"sub_dim={spec.sub_dim} has no kernel; sub-vectors of {SUB_DIMS} channels have")
+    if spec.stages > MAX_STAGES:
+        raise UnsupportedTables(f"{spec.stages} residual stages have no kernel; up to {MAX_STAGES} have")
     if quantizer.head_dim > HEAD_DIMS:
         raise UnsupportedTables(f"head size {quantizer.head_dim} has no kernel; up to {HEAD_DIMS} have")
     return Codes(quantizer.groups, spec.stages, spec.code_bits, spec.sub_dim)

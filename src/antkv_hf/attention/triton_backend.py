@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from antkv.anchor_score import column_statistic, query_moment
-from antkv.decode_attention import MAX_ROWS, MIN_ROWS, decode_attention
+from antkv.decode_attention import MIN_ROWS, decode_attention
 from antkv.encode import encode_keys, encode_values
 from antkv.past import ExactTokens, QuantizedPast
 from antkv.prefill import prefill_attention
@@ -39,7 +39,6 @@ class TritonBackend:
         self.key_tables, self.value_tables = layer_tables(codec, dtype)
 
     def attention(self, past: Snapshot, query, visibility, scale, softcap=None, sink_logit=None):
-        CALLS["triton.attention"] += 1
         options = dict(
             scale=scale, mask=visibility.mask, is_causal=visibility.is_causal, softcap=softcap, sink_logit=sink_logit
         )
@@ -48,6 +47,7 @@ class TritonBackend:
         quantized = self._quantized_past(past)
         decode = quantized is not None and _decodes(query, kv_heads)
         answer = decode_attention if decode else prefill_attention
+        CALLS[f"triton.{answer.__name__}"] += 1
         with torch.cuda.device_of(query):  # Triton launches on the current GPU, and a model may be spread over several
             out, lse = answer(query, quantized, past.tail_keys, past.tail_values, **options)
         return out.unflatten(1, (kv_heads, -1)), lse.unflatten(1, (kv_heads, -1))
@@ -78,8 +78,12 @@ class TritonBackend:
         return Encoded(key_codes, value_codes, key_error, value_error)
 
     def _quantized_past(self, past: Snapshot) -> QuantizedPast | None:
-        if past.key_codes is None or past.value_codes is None or past.exact_bits is None:
+        if past.key_codes is None or past.value_codes is None:
             return None
+        if past.exact_bits is None:
+            raise ValueError(
+                f"a snapshot of {past.coded_length} coded tokens has no exact_bits: LayerStorage makes them"
+            )
         exact = tuple(ExactTokens(*tokens.tensors()) for tokens in past.exact_tokens)
         return QuantizedPast(
             past.key_codes, past.value_codes, self.key_tables, self.value_tables, exact, past.exact_bits, past.offset
@@ -87,8 +91,11 @@ class TritonBackend:
 
 
 def _decodes(query: torch.Tensor, kv_heads: int) -> bool:
-    """Whether decode attention answers these queries; the prefill path, which can do anything, answers the rest."""
-    rows, head_dim = query.shape[1] // kv_heads * query.shape[2], query.shape[3]
-    if query.dtype == torch.float32:  # larger tiles of float32 failed on an H100 with Triton 3.6
-        return rows <= MIN_ROWS and head_dim <= 128
-    return query.shape[2] <= MAX_DECODE_QUERIES and rows <= MAX_ROWS
+    """Whether decode attention answers these queries; the prefill path, which can do anything, answers the rest.
+
+    It has run on a GPU with up to 32 rows a kv head, and with 8 in float32 or at head sizes above 128.
+    """
+    rows = query.shape[1] // kv_heads * query.shape[2]
+    if query.dtype == torch.float32:
+        return rows <= MIN_ROWS and query.shape[3] <= 128
+    return query.shape[2] <= MAX_DECODE_QUERIES and rows <= (4 * MIN_ROWS if query.shape[3] <= 128 else MIN_ROWS)

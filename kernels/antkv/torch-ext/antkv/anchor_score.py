@@ -66,7 +66,7 @@ def _add_queries(
                 logits += seen.to(tl.float32)
         if CAUSAL:
             logits = tl.where(column[:, None] <= (first_index + row)[None, :], logits, float("-inf"))
-        probs = tl.exp2(logits * LOG2E - (lse * LOG2E)[None, :])
+        probs = tl.exp2((logits - lse[None, :]) * LOG2E)  # the difference first: both may be near float32's lowest
         if TERM == "squared_attention":
             acc += probs * probs
         elif TERM == "accumulated_attention":

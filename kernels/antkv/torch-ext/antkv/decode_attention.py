@@ -18,6 +18,7 @@ import triton.language as tl
 
 from . import tables
 from .checks import head_block, mask_arguments, require
+from .dequantize import check_past
 from .merge_splits import merge_splits
 from .past import ExactTokens, QuantizedPast
 from .softmax import dot, masked_logits, softmax_step
@@ -30,6 +31,8 @@ MIN_SHARE = 256  # coded tokens a program has at least
 FEW_PROGRAMS, LONG_PROGRAMS, MANY_PROGRAMS = 2, 4, 16
 LONG = 65536  # coded tokens from which two waves are better than one
 MIN_ROWS = 8  # of a tile: the least N of a tensor-core dot
+MAX_DIM = 256
+MAX_SPLITS = 128  # that one program of the merge holds at once
 MAX_ROWS = 64  # query heads of a group x query tokens: more rows are a prefill
 
 
@@ -207,7 +210,7 @@ def decode_kernel(
     qy = tl.load(p_row[None, :] + channel_y[:, None], mask=m_query, other=0.0).to(tl.float32) * scale
     offset = tl.load(p_offset + b).to(tl.int32)
     if MASK != "none":
-        p_mask += b * stride_mask_b
+        p_mask += b.to(tl.int64) * stride_mask_b
 
     maximum = tl.full([BR], float("-inf"), tl.float32)
     total = tl.zeros([BR], tl.float32)
@@ -304,13 +307,33 @@ def decode_attention(
     rows, n_codes = group * q_len, past.length
     keys, values = past.key_tables, past.value_tables
     require(n_codes > 0, "0 coded tokens: without a quantized past any attention kernel will do")
+    check_past(past)
+    require(q_heads % heads == 0, f"{q_heads} query heads do not share {heads} kv heads evenly")
     require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; decode attention takes 1 to {MAX_ROWS}")
+    require(max(dim, value_dim) <= MAX_DIM, f"head sizes {dim} and {value_dim}; up to {MAX_DIM} have a kernel")
+    # Larger tiles of float32 ended in an error of an H100 (Triton 3.6, 4 warps).
+    fits = not query.is_cuda or query.dtype != torch.float32 or (rows <= MIN_ROWS and max(dim, value_dim) <= 128)
+    require(
+        fits, f"{rows} float32 rows of head size {dim}: on a GPU up to {MIN_ROWS} of up to 128; use prefill_attention"
+    )
     require(query.stride(3) == 1, f"query has stride {query.stride(3)} in its last dimension; it must be 1")
-    require(tail_keys.is_contiguous() and tail_values.is_contiguous(), "the tail must be contiguous")
+    for name, tail_part, size in (("keys", tail_keys, dim), ("values", tail_values, value_dim)):
+        want = (batch, heads, tail, size)
+        require(tuple(tail_part.shape) == want, f"tail {name} have shape {tuple(tail_part.shape)}; {want} is needed")
+        require(tail_part.is_contiguous(), f"tail {name} must be contiguous, not of strides {tail_part.stride()}")
     require(tail_keys.dtype == tail_values.dtype, f"tail keys are {tail_keys.dtype}, values {tail_values.dtype}")
-    require(past.key_codes.is_contiguous() and past.value_codes.is_contiguous(), "codes must be contiguous")
-    require(tuple(keys.mean.shape) == (heads, dim), f"tables of {tuple(keys.mean.shape)}, query of {heads} x {dim}")
+    tables_of = tuple(keys.mean.shape), tuple(values.mean.shape)
+    require(
+        tables_of == ((heads, dim), (heads, value_dim)), f"tables of {tables_of}, query and tail of {heads} x {dim}"
+    )
     require(keys.centroids.dtype == values.centroids.dtype, "key and value tables have different dtypes")
+    bits = (batch, heads, triton.cdiv(n_codes, 8))
+    fits = tuple(past.exact_bits.shape) == bits and past.exact_bits.is_contiguous()
+    require(fits, f"exact_bits have shape {tuple(past.exact_bits.shape)}; {bits}, contiguous, is needed")
+    fits = sink_logit is None or (tuple(sink_logit.shape) == (q_heads,) and sink_logit.is_contiguous())
+    require(fits, f"sink_logit must be contiguous and of shape ({q_heads},)")
+    fits = out is None or (out.shape == (batch, q_heads, q_len, value_dim) and out.is_contiguous())
+    require(fits, f"out must be contiguous and of shape {(batch, q_heads, q_len, value_dim)}")
     anchors, sinks = _sort_exact(past.exact)
     n_anchors = 0 if anchors is None else anchors.positions.shape[2]
     n_sinks = 0 if sinks is None else sinks.positions.shape[2]
@@ -350,7 +373,7 @@ def decode_attention(
 
 def plan_splits(n_codes: int, batch: int, heads: int, device: torch.device) -> tuple[int, int]:
     """Programs a (sequence, kv head), and how many heads alternate (see the kernel)."""
-    most = triton.cdiv(n_codes, MIN_SHARE)
+    most = min(triton.cdiv(n_codes, MIN_SHARE), MAX_SPLITS)
     if device.type != "cuda":
         return min(3, most), 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count

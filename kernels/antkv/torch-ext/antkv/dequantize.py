@@ -179,7 +179,7 @@ def dequantize(
     """
     require(0 <= start <= stop <= past.length, f"tokens {start}..{stop} do not lie within 0..{past.length}")
     require(dtype in DTYPES, f"dtype {dtype} is not supported; allowed are {DTYPES}")
-    _check_past(past)
+    check_past(past)
     batch, heads = past.key_codes.shape[:2]
     dim, value_dim, count = past.key_tables.mean.shape[1], past.value_tables.mean.shape[1], stop - start
     shapes = (batch, heads, count, dim), (batch, heads, count, value_dim)
@@ -218,7 +218,7 @@ def _launch_values(past: QuantizedPast, start: int, values: torch.Tensor) -> Non
     batch, heads, count, dim = values.shape
     tables, codes = past.value_tables, past.value_tables.codes
     groups = head_block(dim) // codes.sub_dim
-    # float16 latents are exact in tf32 and its range holds any basis; a float32 model gets exact products.
+    # TF32 rounds the basis to 2^-11, as far as 16 bits round the result; a float32 model gets exact products.
     precision = "ieee" if values.dtype == torch.float32 or torch.version.hip is not None else "tf32"
     tile = 64 if groups * codes.sub_dim <= 128 else 32
     dequantize_values_kernel[(triton.cdiv(count, tile), batch * heads)](
@@ -244,7 +244,7 @@ def _launch_exact(past: QuantizedPast, tokens: ExactTokens, start: int, keys: to
     )  # fmt: skip
 
 
-def _check_past(past: QuantizedPast) -> None:
+def check_past(past: QuantizedPast) -> None:
     batch, heads, length = past.key_codes.shape[:3]
     for name, codes, tables in (
         ("key", past.key_codes, past.key_tables),

@@ -29,7 +29,7 @@ def _weighted_sum(p_partial, weight, first, last, channel, ROWS: tl.constexpr, D
 
 
 @triton.jit(do_not_specialize=["splits"])
-def merge_kernel(
+def merge_splits_kernel(
     p_partial, p_max, p_total, p_synthesis, p_mean, p_sink_logit, p_out, p_lse, splits,
     H: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
     BS: tl.constexpr, BC: tl.constexpr, SINK_LOGIT: tl.constexpr,
@@ -91,7 +91,7 @@ def merge_splits(
     """
     batch, heads, parts, rows, dim = partial.shape
     columns = 32
-    merge_kernel[(batch * heads, rows, triton.cdiv(dim, columns))](
+    merge_splits_kernel[(batch * heads, rows, triton.cdiv(dim, columns))](
         partial, state[0], state[1], tables.synthesis, tables.mean, out if sink_logit is None else sink_logit, out, lse,
         parts // 2, H=heads, ROWS=rows, Q_LEN=out.shape[2], DV=dim, BDV=head_block(dim),
         BS=max(2, triton.next_power_of_2(parts // 2)), BC=columns, SINK_LOGIT=sink_logit is not None, num_warps=4,

@@ -25,7 +25,7 @@ MIN_SEGMENT = 4096  # of one sequence: a shorter one spends its time on merging
 
 
 @triton.jit
-def merge_kernel(
+def merge_segments_kernel(
     p_out, p_lse, p_part, p_part_lse, p_new_lse, q_len, q_heads,
     stride_ob, stride_oh, stride_om, stride_pb, stride_ph, stride_pm,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
@@ -79,7 +79,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
         return new_lse
     tile = 32
     with torch.cuda.device_of(out):
-        merge_kernel[(triton.cdiv(q_len, tile), batch * q_heads)](
+        merge_segments_kernel[(triton.cdiv(q_len, tile), batch * q_heads)](
             out, lse, part, part_lse, new_lse, q_len, q_heads, *out.stride()[:3], *part.stride()[:3],
             DV=dim, BDV=head_block(dim), BM=tile, num_warps=4,
         )  # fmt: skip

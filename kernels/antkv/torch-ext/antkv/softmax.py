@@ -24,7 +24,9 @@ def masked_logits(
         if MASK == "bool":
             visible = visible & (value != 0)
         else:
-            logits += value.to(tl.float32) * LOG2E
+            # Only -inf hides: a row that is masked by finite numbers alone keeps its softmax over all keys.
+            value = value.to(tl.float32)
+            logits += tl.where(value == float("-inf"), value, tl.maximum(value, -1e30)) * LOG2E
     return tl.where(visible, logits, float("-inf"))
 
 
