@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from antkv.anchor_score import column_statistic, query_moment
-from antkv.decode_attention import MIN_ROWS, decode_attention
+from antkv.decode_attention import decode_attention
+from antkv.decode_plan import MIN_ROWS
 from antkv.encode import encode_keys, encode_values
 from antkv.past import ExactTokens, QuantizedPast
 from antkv.prefill import prefill_attention

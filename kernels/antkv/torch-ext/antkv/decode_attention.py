@@ -18,21 +18,15 @@ import triton.language as tl
 
 from . import tables
 from .checks import head_block, mask_arguments, require
+from .decode_plan import MIN_ROWS, dot_dtype, plan_splits, pointers, sort_exact, tile_options, triton_dtype
 from .dequantize import check_past
 from .merge_splits import merge_splits
-from .past import ExactTokens, QuantizedPast
+from .past import QuantizedPast
 from .softmax import dot, masked_logits, softmax_step
 from .tiles import first_codes, gather_latent, sin_cos, turned
 
 TURNS = tl.constexpr(tables.TURNS)
-MIN_SHARE = 256  # coded tokens a program has at least
-# Programs an SM; two run at a time (registers). With few heads whole waves of them, with many heads so many that the
-# last wave matters little.
-FEW_PROGRAMS, LONG_PROGRAMS, MANY_PROGRAMS = 2, 4, 16
-LONG = 65536  # coded tokens from which two waves are better than one
-MIN_ROWS = 8  # of a tile: the least N of a tensor-core dot
 MAX_DIM = 256
-MAX_SPLITS = 128  # that one program of the merge holds at once
 MAX_ROWS = 64  # query heads of a group x query tokens: more rows are a prefill
 
 
@@ -334,7 +328,7 @@ def decode_attention(
     require(fits, f"sink_logit must be contiguous and of shape ({q_heads},)")
     fits = out is None or (out.shape == (batch, q_heads, q_len, value_dim) and out.is_contiguous())
     require(fits, f"out must be contiguous and of shape {(batch, q_heads, q_len, value_dim)}")
-    anchors, sinks = _sort_exact(past.exact)
+    anchors, sinks = sort_exact(past.exact)
     n_anchors = 0 if anchors is None else anchors.positions.shape[2]
     n_sinks = 0 if sinks is None else sinks.positions.shape[2]
     block, value_block = head_block(dim), head_block(value_dim)
@@ -348,8 +342,8 @@ def decode_attention(
     lse = torch.empty(batch, q_heads, q_len, **options)
     out = torch.empty(batch, q_heads, q_len, value_dim, device=query.device, dtype=query.dtype) if out is None else out
     mask, kind, strides = mask_arguments(mask, batch, q_heads, q_len, n_codes + tail)
-    a = _pointers(anchors, query)
-    s = _pointers(sinks, query)
+    a = pointers(anchors, query)
+    s = pointers(sinks, query)
     decode_kernel[(batch * heads * splits,)](
         query, *query.stride()[:3], partial, state[0], state[1],
         past.key_codes, past.value_codes, past.exact_bits, past.offset, keys.centroids, values.centroids,
@@ -357,69 +351,15 @@ def decode_attention(
         query if mask is None else mask, *strides,
         n_codes, n_anchors, n_sinks, tail, splits, past.exact_bits.shape[-1], scale, softcap or 0.0,
         batch, H=heads, LANES=lanes, GROUP=group, Q_LEN=q_len, BR=row_block,
-        D=dim, DV=value_dim, BD=block, BDV=value_block, **_tiles(block, row_block, dtype == tl.float32),
+        D=dim, DV=value_dim, BD=block, BDV=value_block, **tile_options(block, row_block, dtype == tl.float32),
         K_GROUPS=keys.codes.groups, K_STAGES=keys.codes.stages, K_BITS=keys.codes.code_bits, K_SUB=keys.codes.sub_dim,
         K_WIDTH=keys.codes.width, V_GROUPS=values.codes.groups, V_STAGES=values.codes.stages,
         V_BITS=values.codes.code_bits, V_SUB=values.codes.sub_dim, V_WIDTH=values.codes.width,
-        DTYPE=dtype, ANCHOR_DTYPE=_dot_dtype(anchors, dtype), SINK_DTYPE=_dot_dtype(sinks, dtype),
-        TAIL_DTYPE=_triton_dtype(tail_keys.dtype),
+        DTYPE=dtype, ANCHOR_DTYPE=dot_dtype(anchors, dtype), SINK_DTYPE=dot_dtype(sinks, dtype),
+        TAIL_DTYPE=triton_dtype(tail_keys.dtype),
         ANCHORS="none" if anchors is None else "plain" if anchors.key_scale is None else "int8",
         ROTATES=keys.rotates, HAS_SINKS=sinks is not None, CAUSAL=is_causal and mask is None,
         SOFTCAP=softcap is not None, MASK=kind,
     )  # fmt: skip
     merge_splits(partial, state, values, sink_logit, out, lse)
     return out, lse
-
-
-def plan_splits(n_codes: int, batch: int, heads: int, device: torch.device) -> tuple[int, int]:
-    """Programs a (sequence, kv head), and how many heads alternate (see the kernel)."""
-    most = min(triton.cdiv(n_codes, MIN_SHARE), MAX_SPLITS)
-    if device.type != "cuda":
-        return min(3, most), 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    if batch * heads >= processors // 2:  # many short programs, a head after the other
-        return min(triton.cdiv(processors * MANY_PROGRAMS, batch * heads), most), 1
-    lanes = next(n for n in (4, 2, 1) if heads % n == 0 and processors % n == 0)
-    wanted = processors * (LONG_PROGRAMS if n_codes > LONG else FEW_PROGRAMS) // (batch * heads)
-    return max(1, min(wanted, most)), lanes
-
-
-def _tiles(block: int, rows: int, float32: bool) -> dict[str, int]:
-    # One stage: with more, Triton makes gathers asynchronous copies that bypass the L1 cache.
-    tokens = 32 if block > 128 or float32 else 64
-    return dict(BN=tokens, BM=16, num_warps=4 if rows == MIN_ROWS and block <= 128 else 2, num_stages=1)
-
-
-def _sort_exact(sets: tuple[ExactTokens, ...]) -> tuple[ExactTokens | None, ExactTokens | None]:
-    """The large set (anchors) and the small one (sinks, 16 or 32 bits)."""
-    for tokens in sets:
-        parts = (tokens.positions, tokens.keys, tokens.values, tokens.key_scale, tokens.value_scale)
-        require(all(t is None or t.is_contiguous() for t in parts), "exact tokens must be contiguous")
-        require(
-            (tokens.keys.dtype == torch.int8) == (tokens.key_scale is not None), "int8 keys need scales, others none"
-        )
-    plain = [tokens for tokens in sets if tokens.key_scale is None]
-    scaled = [tokens for tokens in sets if tokens.key_scale is not None]
-    require(len(plain) <= 2 and len(scaled) <= 1 and len(sets) <= 2, f"{len(sets)} sets of exact tokens; 2 at most")
-    if scaled:
-        return scaled[0], plain[0] if plain else None
-    plain.sort(key=lambda tokens: -tokens.positions.shape[2])
-    return (plain[0] if plain else None), (plain[1] if len(plain) > 1 else None)
-
-
-def _pointers(tokens: ExactTokens | None, dummy: torch.Tensor) -> list[torch.Tensor]:
-    if tokens is None:
-        return [dummy] * 5
-    scales = [dummy, dummy] if tokens.key_scale is None else [tokens.key_scale, tokens.value_scale]
-    return [tokens.positions, tokens.keys, tokens.values, *scales]
-
-
-def _dot_dtype(tokens: ExactTokens | None, dtype: tl.dtype) -> tl.dtype:
-    """In what a set takes part in dots: as it is stored, or as the codes are if it must be converted anyhow."""
-    if tokens is None or tokens.key_scale is not None or dtype == tl.float32:
-        return dtype
-    return _triton_dtype(tokens.keys.dtype)
-
-
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
