@@ -22,8 +22,6 @@ def layer_tables(codec: LayerCodec, dtype: torch.dtype) -> tuple[KeyTables, Valu
     Raises:
         UnsupportedTables: for another dtype or codec, or a basis, size or pairing without a kernel.
     """
-    if dtype in codec.kernel_tables:
-        return codec.kernel_tables[dtype]
     key, value = codec.key, codec.value
     if not isinstance(key, VectorQuantizer) or not isinstance(value, VectorQuantizer):
         names = f"{type(key).__name__} and {type(value).__name__}"
@@ -31,9 +29,9 @@ def layer_tables(codec: LayerCodec, dtype: torch.dtype) -> tuple[KeyTables, Valu
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise UnsupportedTables(f"the kernels take float16, bfloat16 and float32 keys, not {dtype}")
     table_dtype = torch.float32 if dtype == torch.float32 else torch.float16
-    tables = _key_tables(key, codec, table_dtype), _value_tables(value, table_dtype)
-    codec.kernel_tables[dtype] = tables
-    return tables
+    if table_dtype not in codec.kernel_tables:  # float16 and bfloat16 models read the same tables
+        codec.kernel_tables[table_dtype] = _key_tables(key, codec, table_dtype), _value_tables(value, table_dtype)
+    return codec.kernel_tables[table_dtype]
 
 
 def _key_tables(key: VectorQuantizer, codec: LayerCodec, dtype: torch.dtype) -> KeyTables:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .checks import head_block, mask_arguments, require
+from .softmax import LOG2E
 
 TERMS = ("squared_attention", "accumulated_attention", "anchor_score")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,7 +24,6 @@ MAX_DIM = 256
 MAX_SPLITS = 32
 TILES_PER_SPLIT = 4  # tiles of queries that a program has at least, where the queries are split over programs
 MOMENT_ROWS = 512  # query rows of a program of `query_moment`
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

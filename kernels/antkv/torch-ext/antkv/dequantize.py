@@ -15,7 +15,7 @@ import triton.language as tl
 from .checks import head_block, require
 from .past import ExactTokens, QuantizedPast
 from .tables import Codes
-from .tiles import first_codes, gather_latent
+from .tiles import first_codes, gather_latent, turned
 
 CODE_BITS = (4, 6, 8, 10, 12)
 SUB_DIMS = (2, 4, 8, 16, 32)
@@ -33,7 +33,7 @@ def rotate_pairs(x, y, positions, p_frequency, p_pair_scale, pair, m_pair):
     angle = positions[:, None] * frequency[None, :]
     cos = tl.cos(angle) * pair_scale[None, :]
     sin = tl.sin(angle) * pair_scale[None, :]
-    return x * cos - y * sin, y * cos + x * sin
+    return turned(x, y, cos, sin)
 
 
 @triton.jit

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from .checks import head_block, mask_arguments, require
+from .softmax import LOG2E
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
