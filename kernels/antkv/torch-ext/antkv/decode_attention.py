@@ -165,7 +165,8 @@ def decode_kernel(
     p_sink_positions, p_sink_keys, p_sink_values, p_tail_keys, p_tail_values,
     p_mask, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_n,
     n_codes, n_anchors, n_sinks, n_tail, splits, bits_width, scale, softcap,
-    B, H: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, Q_LEN: tl.constexpr, BR: tl.constexpr,
+    B, H: tl.constexpr, LANES: tl.constexpr, PITCH: tl.constexpr,
+    GROUP: tl.constexpr, Q_LEN: tl.constexpr, BR: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     K_GROUPS: tl.constexpr, K_STAGES: tl.constexpr, K_BITS: tl.constexpr, K_SUB: tl.constexpr, K_WIDTH: tl.constexpr,
     V_GROUPS: tl.constexpr, V_STAGES: tl.constexpr, V_BITS: tl.constexpr, V_SUB: tl.constexpr, V_WIDTH: tl.constexpr,
@@ -174,9 +175,11 @@ def decode_kernel(
     HAS_SINKS: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One split: partial outputs ``(B, H, 2 * splits, GROUP * Q_LEN, DV)``, all of codes first, and softmax states."""
-    # Programs that share an SM should share a head, whose tables fill its L1: SMs are dealt programs in order, and the
-    # number of SMs is a multiple of LANES, so heads alternate by LANES.
+    # Programs that share an SM should share a head, whose tables fill its L1. SMs are dealt programs in order: with as
+    # many pairs as SMs those PITCH apart become neighbours; with more, heads alternate by LANES, which divides the SMs.
     pid = tl.program_id(0)
+    if PITCH > 0:
+        pid = pid % PITCH * 2 + pid // PITCH
     lane = pid % LANES
     rest = pid // LANES
     split = rest % splits
@@ -334,7 +337,7 @@ def decode_attention(
     block, value_block = head_block(dim), head_block(value_dim)
     row_block = max(MIN_ROWS, triton.next_power_of_2(rows))
     dtype = tl.float32 if keys.centroids.dtype == torch.float32 else tl.float16
-    splits, lanes = plan_splits(n_codes, batch, heads, query.device)
+    splits, lanes, pitch = plan_splits(n_codes, batch, heads, query.device)
 
     options = dict(device=query.device, dtype=torch.float32)
     partial = torch.empty(batch, heads, 2 * splits, rows, value_dim, **options)
@@ -350,7 +353,7 @@ def decode_attention(
         keys.channels, keys.frequency, keys.pair_scale, keys.mean, keys.turns, *a, *s[:3], tail_keys, tail_values,
         query if mask is None else mask, *strides,
         n_codes, n_anchors, n_sinks, tail, splits, past.exact_bits.shape[-1], scale, softcap or 0.0,
-        batch, H=heads, LANES=lanes, GROUP=group, Q_LEN=q_len, BR=row_block,
+        batch, H=heads, LANES=lanes, PITCH=pitch, GROUP=group, Q_LEN=q_len, BR=row_block,
         D=dim, DV=value_dim, BD=block, BDV=value_block, **tile_options(block, row_block, dtype == tl.float32),
         K_GROUPS=keys.codes.groups, K_STAGES=keys.codes.stages, K_BITS=keys.codes.code_bits, K_SUB=keys.codes.sub_dim,
         K_WIDTH=keys.codes.width, V_GROUPS=values.codes.groups, V_STAGES=values.codes.stages,
