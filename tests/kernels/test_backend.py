@@ -105,7 +105,9 @@ def test_smollm2_writes_the_same_200_tokens(lane, monkeypatch):
     model = model.cuda()
     model.set_attn_implementation(lane)
     codebook = AnTKVCodebook.from_pretrained(find_codebook("smollm2-135m-instruct-1bit"))
-    inputs = tokenizer(HANDBOOK, return_tensors="pt").to("cuda")
+    chat = [{"role": "user", "content": f"{HANDBOOK}\n\nRetell this in your own words."}]
+    options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    inputs = tokenizer.apply_chat_template(chat, **options).to("cuda")
     written = {}
     for backend in ("triton", "reference"):
         monkeypatch.setenv("ANTKV_BACKEND", backend)
