@@ -28,6 +28,7 @@ from .codecs import LayerCodec, VectorQuantizer, VQTables
 from .config import AnTKVConfig
 from .hashing import json_sha256, tensors_sha256
 from .rotary import Rotary
+from .tensor_parallel import head_shard
 
 FORMAT_VERSION = 1
 # fields of a config that say where a model came from, not what it is
@@ -103,8 +104,11 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                 f"add the layer to skip_layers or calibrate it"
             )
 
-    def codec_factory(self, config: AnTKVConfig, rotary: list[Rotary | None]):
-        """A function that gives a layer's codec on a device; tables are placed once and shared by all caches."""
+    def codec_factory(self, config: AnTKVConfig, rotary: list[Rotary | None], device_mesh: Any = None):
+        """A function that gives a layer's codec on a device; tables are placed once and shared by all caches.
+
+        A layer that gets a share of its kv heads (tensor parallelism, see `tensor_parallel`) gets their tables.
+        """
 
         key_spec, value_spec = config.key, config.value
         assert key_spec is not None and value_spec is not None, "the identity codec needs no codebook"
@@ -112,19 +116,26 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         def codec(layer: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
             key, value = self.tables[layer]
             sizes = (*key.mean.shape, value.mean.shape[1])
-            if sizes != (kv_heads, key_dim, value_dim):
+            try:
+                if sizes[1:] != (key_dim, value_dim):
+                    raise ValueError("sizes differ: load the codebook of this model")
+                shard = head_shard(kv_heads, sizes[0], device_mesh)
+            except ValueError as error:
                 raise ValueError(
                     f"layer {layer}: the model gave {kv_heads} kv heads of size {key_dim} (values {value_dim}), the "
-                    f"codebook of {self.model['base_model']} has {sizes[0]} of size {sizes[1]} (values {sizes[2]})"
-                )
+                    f"codebook of {self.model['base_model']} has {sizes[0]} of size {sizes[1]} (values {sizes[2]}): "
+                    f"{error}"
+                ) from error
             turn = rotary[layer] if config.rope == "pre" else None
             form = None if turn is None else (device, tuple(turn.inv_freq.tolist()), turn.interleaved, turn.scaling)
-            place = (layer, device, form)
+            place = (layer, device, form, shard)
             if place in self._codecs:
                 return self._codecs[place]
             # setdefault: of two threads that start at once, both get the tables that the first has placed
             if turn is not None:  # one object, so one angle table, for all layers
                 turn = self._rotaries.setdefault(form, turn.to(device))
+            if shard is not None:
+                key, value = key.map(shard.part), value.map(shard.part)
             made = LayerCodec(VectorQuantizer(key_spec, key, device), VectorQuantizer(value_spec, value, device), turn)
             return self._codecs.setdefault(place, made)
 
