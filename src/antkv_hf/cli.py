@@ -174,11 +174,15 @@ def calibrate(
     """Learn the codebook of a model from text. Mix the kinds of text that you will use it for.
 
     Example: antkv calibrate smollm2 wiki.txt=0.5 code/=0.5 --bits 1 -o codebooks/smollm2-1bit
+
+    Several GPUs share the work, each with the whole model; the tables are those of one:
+    torchrun --nproc-per-node 4 -m antkv_hf.cli calibrate ... (or accelerate launch -m antkv_hf.cli calibrate ...)
     """
     _quiet()
     import tempfile
 
     from .calibration import calibrate as learn
+    from .calibration.processes import Processes
     from .config import AnTKVConfig
     from .demo_model import REPO, WORD
     from .evaluation import save_codebook
@@ -187,8 +191,8 @@ def calibrate(
     wanted = bits or ["1"]
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings) for b in wanted]
     mix = TextMix.from_sources(texts)
-    loaded, tokenizer = _load_model(model, device, dtype)
-    with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(_on_cpu(device)) as processes:
+        loaded, tokenizer = _load_model(model, _device_of(device, processes.local_rank), dtype)
         for b, config in zip(wanted, configs, strict=True):
             folder = output if len(wanted) == 1 else output / f"{b.removesuffix('bit')}bit"
             codebook = learn(
@@ -196,6 +200,8 @@ def calibrate(
                 work_dir=work_dir or scratch, base_model=base_model or (REPO if model == WORD else None),
                 license=license,
             )  # fmt: skip
+            if processes.rank:
+                continue
             save_codebook(codebook, folder)
             typer.echo(f"wrote {folder} ({codebook.tables_bytes() / 1e6:.1f} MB of tables)")
             _say(f"next: antkv evaluate {model} {folder} --text FILE --save")
@@ -330,6 +336,27 @@ def _load_model(name: str, device: str, dtype: str):
     return AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval().to(where), tokenizer
 
 
+def _on_cpu(device: str) -> bool:
+    import torch
+
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def _device_of(device: str, process: int) -> str:
+    """The device of a process of this machine: with auto or cuda each gets a GPU of its own."""
+    import torch
+
+    if process == 0 or _on_cpu(device):
+        return device
+    if device not in ("auto", "cuda"):
+        raise ValueError(
+            f"--device {device} would be shared by several processes: leave it out, each takes its own GPU"
+        )
+    if process >= (count := torch.cuda.device_count()):
+        raise ValueError(f"process {process + 1} of this machine has no GPU, since there are {count}: start {count}")
+    return f"cuda:{process}"
+
+
 def _checked_device(name: str) -> str:
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device {name!r} is unknown; choose auto, cpu, cuda or cuda:<number>")
@@ -384,3 +411,7 @@ def main() -> None:
     # Before torch is loaded: on a busy machine, threads that spin while they wait cost far more than they gain.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
+
+
+if __name__ == "__main__":  # for launchers: torchrun -m antkv_hf.cli
+    main()
