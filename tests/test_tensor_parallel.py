@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate, calibrate
 from antkv_hf.calibration import work_folder
+from antkv_hf.calibration.processes import device_of
 from antkv_hf.tensor_parallel import HeadShard, check_heads, head_shard, tp_size
 
 HEADS = 4  # two a process
@@ -234,6 +235,17 @@ def test_the_command_writes_once(two, tmp_path):
     assert code == 0 and said.startswith("wrote ") and other[:2] == (0, "")
     assert command([*arguments, str(tmp_path / "alone")])[0] == 0
     assert tables_equal(*(AnTKVCodebook.from_pretrained(tmp_path / name) for name in ("made", "alone")))
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    assert device_of("cpu", 3) == "cpu" and device_of("auto", 0) == "auto"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_of(name, 1) for name in ("auto", "cuda")] == ["cuda:1"] * 2
+    with pytest.raises(ValueError, match="process 3 of this machine has no GPU, since there are 2: start 2"):
+        device_of("auto", 2)
+    with pytest.raises(ValueError, match="--device cuda:0 would be shared"):
+        device_of("cuda:0", 1)
 
 
 def test_a_folder_that_is_not_shared(tmp_path):

@@ -182,7 +182,7 @@ def calibrate(
     import tempfile
 
     from .calibration import calibrate as learn
-    from .calibration.processes import Processes
+    from .calibration.processes import Processes, device_of, on_cpu
     from .config import AnTKVConfig
     from .demo_model import REPO, WORD
     from .evaluation import save_codebook
@@ -191,8 +191,8 @@ def calibrate(
     wanted = bits or ["1"]
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings) for b in wanted]
     mix = TextMix.from_sources(texts)
-    with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(_on_cpu(device)) as processes:
-        loaded, tokenizer = _load_model(model, _device_of(device, processes.local_rank), dtype)
+    with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(on_cpu(device)) as processes:
+        loaded, tokenizer = _load_model(model, device_of(device, processes.local_rank), dtype)
         for b, config in zip(wanted, configs, strict=True):
             folder = output if len(wanted) == 1 else output / f"{b.removesuffix('bit')}bit"
             codebook = learn(
@@ -276,9 +276,13 @@ def inspect(
     model: Annotated[
         str | None, typer.Option("--model", help="Folder or Hub id of a model: does it fit, or what could it have?")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repo of a codebook.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a codebook or a saved cache is, whether a codebook fits a model, or what a model could have."""
+    """Say what a codebook or a saved cache is, whether a codebook fits a model, or what a model could have.
+
+    Of a codebook: model, commit, bits, the tables of each layer, calibration, measured rows, hash.
+    """
     _quiet()
     from .evaluation.inspection import format_cache, format_inspection, inspect_cache, inspect_codebook, inspect_model
 
@@ -288,7 +292,10 @@ def inspect(
         held = inspect_cache(codebook)
         typer.echo(json.dumps(held, indent=2) if as_json else format_cache(held))
         return
-    found = inspect_model(model) if codebook is None else inspect_codebook(_codebook_place(codebook), model)  # type: ignore[arg-type]
+    if codebook is not None:
+        found = inspect_codebook(_codebook_place(codebook), model, revision)
+    else:
+        found = inspect_model(str(model))
     typer.echo(json.dumps(found, indent=2) if as_json else format_inspection(found))
 
 
@@ -334,27 +341,6 @@ def _load_model(name: str, device: str, dtype: str):
         return model.to(where, dtype=torch.bfloat16 if kind == "auto" else kind), tokenizer
     tokenizer = AutoTokenizer.from_pretrained(name)
     return AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval().to(where), tokenizer
-
-
-def _on_cpu(device: str) -> bool:
-    import torch
-
-    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-
-
-def _device_of(device: str, process: int) -> str:
-    """The device of a process of this machine: with auto or cuda each gets a GPU of its own."""
-    import torch
-
-    if process == 0 or _on_cpu(device):
-        return device
-    if device not in ("auto", "cuda"):
-        raise ValueError(
-            f"--device {device} would be shared by several processes: leave it out, each takes its own GPU"
-        )
-    if process >= (count := torch.cuda.device_count()):
-        raise ValueError(f"process {process + 1} of this machine has no GPU, since there are {count}: start {count}")
-    return f"cuda:{process}"
 
 
 def _checked_device(name: str) -> str:

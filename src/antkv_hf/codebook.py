@@ -13,20 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import HfApi, ModelCard, ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .codebook_card import card_content
+from .codebook_card import card_content, is_repo_id
 from .codecs import LayerCodec, VectorQuantizer, VQTables
 from .config import AnTKVConfig
 from .hashing import json_sha256, tensors_sha256
+from .hub_files import download
 from .rotary import Rotary
 from .tensor_parallel import head_shard
 
@@ -186,8 +181,50 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         data["sha256"] = json_sha256(data)
         (save_directory / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        return ModelCard(card_content(self))
+    def generate_model_card(self, *args: Any, repo_id: str | None = None, **kwargs: Any) -> ModelCard:
+        return ModelCard(card_content(self, repo_id))
+
+    def push_to_hub(  # type: ignore[override]  # what a card needs is asked for here
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        license: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Uploads config, tables and a fresh card as one commit; makes the repo if there is none.
+
+        Args:
+            base_model: Hub id of the model, if the codebook was calibrated on a folder. license: of these tables, if
+                calibration was not told; both are only what the pushed repo says.
+            private, token, branch, options: see `huggingface_hub.ModelHubMixin.push_to_hub`.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ValueError: the base model is no Hub id.
+            huggingface_hub.errors.HfHubHTTPError: not logged in, no right to write there, no such branch.
+        """
+        base_model = base_model or self.model["base_model"]
+        if not is_repo_id(base_model):
+            raise ValueError(
+                f"the base model {base_model!r} of this codebook is no Hub id, so nobody could load the model: "
+                'push_to_hub(..., base_model="owner/name")'
+            )
+        calibration = self.calibration if license is None else {**self.calibration, "license": license}
+        model = {**self.model, "base_model": base_model}
+        book = AnTKVCodebook(self.config, self.tables, model, calibration, self.evaluation)
+        if "/" not in repo_id:  # the card names the repo in full
+            repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        options.setdefault(
+            "commit_message", f"Codebook of {base_model}: keys {self.config.key}, values {self.config.value}"
+        )
+        options.setdefault("model_card_kwargs", {"repo_id": repo_id})
+        return ModelHubMixin.push_to_hub(book, repo_id, private=private, token=token, branch=branch, **options)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # tables are no keyword arguments
@@ -202,8 +239,13 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
     ) -> AnTKVCodebook:
         """Loads a codebook from a local folder, a Hub repo (offline from the Hub's cache) or by its shipped name.
 
+        Args:
+            revision: branch, tag or commit of the repo. ``source["revision"]`` is the commit that was found.
+            token, cache_dir, local_files_only, force_download: see `huggingface_hub.hf_hub_download`.
+
         Raises:
-            FileNotFoundError: no such folder or repo, or a file of it is missing.
+            FileNotFoundError: no such folder, repo or revision, or a file of it is missing.
+            PermissionError: the repo is gated.
             ValueError: see `from_files`.
         """
         model_id = str(name_or_path)
@@ -216,21 +258,16 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                 if not path.is_file():
                     raise FileNotFoundError(f"{folder} is no codebook folder: {path.name} is missing")
         else:
-            hub: dict[str, Any] = dict(
-                revision=revision, cache_dir=cache_dir, force_download=force_download,
-                local_files_only=local_files_only, token=token,
-            )  # fmt: skip
             try:
-                paths = [Path(hf_hub_download(model_id, name, **hub)) for name in (CONFIG_FILE, TABLES_FILE)]
-            except HFValidationError as error:
-                raise FileNotFoundError(f"{model_id!r} is neither a folder nor a Hub repo id (owner/name)") from error
-            except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+                paths, revision = download(
+                    model_id, (CONFIG_FILE, TABLES_FILE), revision=revision, cache_dir=cache_dir, token=token,
+                    force_download=force_download, local_files_only=local_files_only,
+                )  # fmt: skip
+            except FileNotFoundError as error:
+                shipped = ", ".join(shipped_codebooks()) or "none"
                 raise FileNotFoundError(
-                    f"no folder {folder.absolute()}, and no Hub repo {model_id} within reach; codebooks that ship with "
-                    f"the package: {', '.join(shipped_codebooks()) or 'none'}"
+                    f"{error} (there is no folder {folder.absolute()}; codebooks that ship with the package: {shipped})"
                 ) from error
-            except EntryNotFoundError as error:
-                raise FileNotFoundError(f"Hub repo {model_id} is no codebook: {error}") from error
         codebook = cls.from_files(*paths)
         if folder.is_dir():  # one that ships with the package is found again by its name, on any machine
             names = {path: name for name, path in shipped_codebooks().items()}

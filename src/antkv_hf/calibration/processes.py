@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from torch import distributed
 
@@ -55,6 +56,28 @@ class Processes:
     def __exit__(self, *error) -> None:
         if self._group is not None:
             distributed.destroy_process_group(self._group)
+
+
+def on_cpu(device: str) -> bool:
+    """Whether a `--device` of the command line is the CPU."""
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def device_of(device: str, local_rank: int) -> str:
+    """The device of a process of this machine: with auto or cuda each has a GPU of its own.
+
+    Raises:
+        ValueError: one device for several processes, or fewer GPUs than processes.
+    """
+    if local_rank == 0 or on_cpu(device):
+        return device
+    if device not in ("auto", "cuda"):
+        raise ValueError(
+            f"--device {device} would be shared by several processes: leave it out, each takes its own GPU"
+        )
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise ValueError(f"process {local_rank + 1} of this machine has no GPU, since there are {count}: start {count}")
+    return f"cuda:{local_rank}"
 
 
 def _leave() -> None:

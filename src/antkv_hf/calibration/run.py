@@ -147,6 +147,8 @@ def calibrate(
     }
     if license is not None:
         made["license"] = license
+    if (commit := getattr(model.config, "_commit_hash", None)) is not None:
+        made["model_revision"] = commit
     return AnTKVCodebook(config, tables, described, calibration=made)
 
 
