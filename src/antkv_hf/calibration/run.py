@@ -69,7 +69,8 @@ def calibrate(
 
     Several processes (`accelerate launch` or `torchrun`, each with the whole model on a device of its own) share the
     windows, then the layers, through `work_dir`. Nothing is added up across them, so their number changes no table; the
-    kind of device, the number of threads a process has and `batch_size` do, by rounding. All return the codebook.
+    kind of device, the number of threads a process has and `batch_size` do, by rounding. All must call it, and all
+    return the codebook.
 
     Peak memory beside the weights is the larger of
         activations of `batch_size` windows (their whole graph) + 2 * batch_size * window * vocabulary elements
