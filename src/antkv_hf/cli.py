@@ -174,11 +174,15 @@ def calibrate(
     """Learn the codebook of a model from text. Mix the kinds of text that you will use it for.
 
     Example: antkv calibrate smollm2 wiki.txt=0.5 code/=0.5 --bits 1 -o codebooks/smollm2-1bit
+
+    Several GPUs share the work, each with the whole model; the tables are those of one:
+    torchrun --nproc-per-node 4 -m antkv_hf.cli calibrate ... (or accelerate launch -m antkv_hf.cli calibrate ...)
     """
     _quiet()
     import tempfile
 
     from .calibration import calibrate as learn
+    from .calibration.processes import Processes, device_of, on_cpu
     from .config import AnTKVConfig
     from .demo_model import REPO, WORD
     from .evaluation import save_codebook
@@ -187,8 +191,8 @@ def calibrate(
     wanted = bits or ["1"]
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings) for b in wanted]
     mix = TextMix.from_sources(texts)
-    loaded, tokenizer = _load_model(model, device, dtype)
-    with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(on_cpu(device)) as processes:
+        loaded, tokenizer = _load_model(model, device_of(device, processes.local_rank), dtype)
         for b, config in zip(wanted, configs, strict=True):
             folder = output if len(wanted) == 1 else output / f"{b.removesuffix('bit')}bit"
             codebook = learn(
@@ -196,6 +200,8 @@ def calibrate(
                 work_dir=work_dir or scratch, base_model=base_model or (REPO if model == WORD else None),
                 license=license,
             )  # fmt: skip
+            if processes.rank:
+                continue
             save_codebook(codebook, folder)
             typer.echo(f"wrote {folder} ({codebook.tables_bytes() / 1e6:.1f} MB of tables)")
             _say(f"next: antkv evaluate {model} {folder} --text FILE --save")
@@ -270,9 +276,13 @@ def inspect(
     model: Annotated[
         str | None, typer.Option("--model", help="Folder or Hub id of a model: does it fit, or what could it have?")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repo of a codebook.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a codebook or a saved cache is, whether a codebook fits a model, or what a model could have."""
+    """Say what a codebook or a saved cache is, whether a codebook fits a model, or what a model could have.
+
+    Of a codebook: model, commit, bits, the tables of each layer, calibration, measured rows, hash.
+    """
     _quiet()
     from .evaluation.inspection import format_cache, format_inspection, inspect_cache, inspect_codebook, inspect_model
 
@@ -282,7 +292,10 @@ def inspect(
         held = inspect_cache(codebook)
         typer.echo(json.dumps(held, indent=2) if as_json else format_cache(held))
         return
-    found = inspect_model(model) if codebook is None else inspect_codebook(_codebook_place(codebook), model)  # type: ignore[arg-type]
+    if codebook is not None:
+        found = inspect_codebook(_codebook_place(codebook), model, revision)
+    else:
+        found = inspect_model(str(model))
     typer.echo(json.dumps(found, indent=2) if as_json else format_inspection(found))
 
 
@@ -384,3 +397,7 @@ def main() -> None:
     # Before torch is loaded: on a busy machine, threads that spin while they wait cost far more than they gain.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
+
+
+if __name__ == "__main__":  # for launchers: torchrun -m antkv_hf.cli
+    main()

@@ -28,7 +28,9 @@ def antkv_generate(codebook: str | Path | AnTKVCodebook | None = None, config: A
 
     def generate(model, input_ids: torch.Tensor, *, generation_config, **model_kwargs: Any):
         # generate() has made a cache of its own by now: an empty one, replaced here.
-        model_kwargs["past_key_values"] = AnTKVCache(model.config, config, codebook)
+        model_kwargs["past_key_values"] = AnTKVCache(
+            model.config, config, codebook, device_mesh=getattr(model, "_device_mesh", None)
+        )
         mode = generation_config.get_generation_mode(model_kwargs.get("assistant_model"))
         decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
         if decode is None:

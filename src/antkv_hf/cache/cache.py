@@ -13,9 +13,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..anchors import get_score
 from ..attention.backends import select_backend
-from ..codebook import AnTKVCodebook
+from ..codebook import AnTKVCodebook, describe_model
 from ..codecs import IdentityCodec, LayerCodec
 from ..config import AnTKVConfig
+from ..tensor_parallel import check_heads, tp_size
 from . import interface, persistence
 from .footprint import MemoryFootprint
 from .layer import AnTKVLayer, LayerPlan, quantizable_layers
@@ -37,6 +38,9 @@ class AnTKVCache(Cache):
             (default) or ``"reset"`` (start afresh; convenient in pipelines). Compared are the tokens of the previous
             prompt, not those generated after it.
 
+        device_mesh: the model's, where tensor parallelism shares its kv heads among some of the processes only;
+            without it, among all of them. Tables and codes of a process are those of its heads.
+
     Raises:
         ValueError: codebook of another model, specs that differ, MLA or encoder models, offloading, no layer to
             quantize; the message names the numbers and the way out.
@@ -54,6 +58,7 @@ class AnTKVCache(Cache):
         codebook: AnTKVCodebook | None = None,
         *,
         on_new_prompt: str = "error",
+        device_mesh: Any = None,
         offloading: bool = False,
     ):
         if offloading:
@@ -69,7 +74,10 @@ class AnTKVCache(Cache):
         if config is None:
             raise ValueError("give a codebook (AnTKVCache.from_pretrained(...)) or a config: there is nothing to go by")
         text = model_config.get_text_config(decoder=True)
-        layers = _layers(model_config, text, config, codebook)
+        self.tp_size = tp_size(model_config, device_mesh)
+        if self.tp_size > 1:
+            check_heads(text, describe_model(text)["kv_heads"], self.tp_size)
+        layers = _layers(model_config, text, config, codebook, device_mesh)
         self.antkv_config, self.codebook, self.on_new_prompt = config, codebook, on_new_prompt
         self._text_config = text  # what `save` tells of the model
         self._guard = PromptGuard()
@@ -98,7 +106,8 @@ class AnTKVCache(Cache):
         codebook = AnTKVCodebook.from_pretrained(name_or_path, **hub)
         config = (config or codebook.config).replace(**changes)
         model_config = codebook.model_config() if model is None else model.config
-        cache = cls(model_config, config, codebook, on_new_prompt=on_new_prompt)
+        mesh = getattr(model, "_device_mesh", None)
+        cache = cls(model_config, config, codebook, on_new_prompt=on_new_prompt, device_mesh=mesh)
         if model is not None:
             model.set_attn_implementation(interface.NAME)
         return cache
@@ -113,7 +122,8 @@ class AnTKVCache(Cache):
         loaded cache goes on recording its past.
 
         Raises:
-            ValueError: a layer holds state that cannot be saved (linear attention of some hybrids). Nothing is written.
+            ValueError: a layer holds state that cannot be saved (linear attention of some hybrids), or this process
+                holds a share of the heads only (tensor parallelism). Nothing is written.
             OSError: no such folder, no space, no permission.
         """
         persistence.save_cache(self, path)
@@ -137,7 +147,8 @@ class AnTKVCache(Cache):
 
         Raises:
             FileNotFoundError: the file or its codebook is not there.
-            ValueError: damaged or changed file, unknown format_version, another codebook or model.
+            ValueError: damaged or changed file, unknown format_version, another codebook or model, or a model whose
+                heads are shared by tensor-parallel processes.
         """
         return persistence.load_cache(cls, path, model, codebook, device)
 
@@ -154,7 +165,10 @@ class AnTKVCache(Cache):
         return select_backend(self.antkv_config.backend, torch.device("cpu"))
 
     def memory_footprint(self) -> MemoryFootprint:
-        """Bytes that the cache takes, all counted, and bits per element; see `MemoryFootprint`."""
+        """Bytes that the cache takes, all counted, and bits per element; see `MemoryFootprint`.
+
+        Under tensor parallelism: those of this process, which holds its share of the heads.
+        """
         sizes: Counter[str] = Counter(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0)
         coded_elements = elements = dense = tables = 0
         for layer in self.layers:
@@ -254,7 +268,7 @@ class AnTKVCache(Cache):
         self._guard.remember(ids)
 
 
-def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None) -> list:
+def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None, device_mesh: Any) -> list:
     """Transformers' own layers for this model, with the plain full-attention ones replaced by quantized ones."""
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(
@@ -287,7 +301,7 @@ def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | N
                 "or make one with `antkv calibrate`"
             )
         codebook.check(text, config, plain)
-        codec_for_device = codebook.codec_factory(config, model_rotary(model_config))
+        codec_for_device = codebook.codec_factory(config, model_rotary(model_config), device_mesh)
     for i in plain:
         layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device))
     return layers
