@@ -18,7 +18,7 @@ from ..codecs import IdentityCodec, LayerCodec
 from ..config import AnTKVConfig
 from . import interface, persistence
 from .footprint import MemoryFootprint
-from .layer import AnTKVLayer, LayerPlan, quantizable_layers
+from .layer import AnTKVLayer, LayerPlan, layers_kept_as_they_are, quantizable_layers
 from .model_rotary import model_rotary
 from .prompt_guard import PromptGuard, generate_input_ids
 
@@ -262,22 +262,29 @@ def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | N
             "latents, not keys and values. Use DynamicCache for this model."
         )
     score = get_score(config.anchors.score)
-    layers = list(DynamicCache(config=model_config).layers)
-    plain = quantizable_layers(layers, config)
-    if not plain:
-        kinds = dict(Counter(type(layer).__name__ for layer in layers))
+    try:
+        layers = list(DynamicCache(config=model_config).layers)
+    except KeyError as error:  # some models register their cache layers only when they are loaded
         raise ValueError(
-            f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kinds}, skip_layers="
-            f"{config.skip_layers}): only full-attention layers are. Use DynamicCache, whose window is small already."
+            f"transformers knows no cache layer for the {error} layers of {text.model_type}: load the model first, or "
+            "leave past_key_values out"
+        ) from error
+    plain = quantizable_layers(layers, config)
+    kept = layers_kept_as_they_are(layers, config)
+    if not plain:
+        raise ValueError(
+            f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kept}): only those of full "
+            "attention over all past tokens are. Use DynamicCache for this model."
         )
     if beyond := [i for i in config.skip_layers if i >= len(layers)]:
         raise ValueError(
             f"skip_layers names layer {beyond[0]}, but the model has {len(layers)} layers (0 to {len(layers) - 1})"
         )
-    others = len(layers) - len(plain) - sum(i < len(layers) for i in config.skip_layers)
-    if others:
+    if len(layers) - len(plain) > len(config.skip_layers):
         warnings.warn(
-            f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers: only full attention is", stacklevel=3
+            f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers of {text.model_type}, those of full attention; "
+            f"the others stay as transformers keeps them ({kept})",
+            stacklevel=3,
         )
     codec_for_device = _identity_codec
     if not config.is_identity:
