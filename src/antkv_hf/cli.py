@@ -51,7 +51,12 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model, or the word smollm2.")
 ]
-Codebook = Annotated[str, typer.Argument(metavar="CODEBOOK", help="Folder or Hub id of a codebook of that model.")]
+Codebook = Annotated[
+    str,
+    typer.Argument(
+        metavar="CODEBOOK", help="Codebook of that model: folder, Hub id, or a shipped one: smollm2-135m-instruct-1bit."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes the GPU if there is one.")]
 DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on a CPU, else the model's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -60,7 +65,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
-        help="Change a field of the config, e.g. window=64 or anchor_fraction=0.01.",
+        help="Change a setting for this run, e.g. window=64 or anchor_fraction=0.01; repeat for several.",
     ),
 ]
 
@@ -111,7 +116,10 @@ def generate(
     dtype: DType = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write text with a quantized cache, and say what the cache took."""
+    """Write text with a quantized cache (stdout), and say what the cache took (stderr).
+
+    Example: antkv generate smollm2 smollm2-135m-instruct-2bit --prompt "What does a lighthouse keeper do?"
+    """
     _quiet()
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give either --prompt TEXT or --prompt-file FILE")
@@ -160,7 +168,9 @@ def calibrate(
     value_bits: Annotated[str | None, typer.Option(help="Other bits (or a spec) for values.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of text to learn from.")] = 262144,
     window: Annotated[int, typer.Option(help="Tokens that the model sees at a time.")] = 2048,
-    samples: Annotated[int, typer.Option(help="Tokens kept to fit the tables to.")] = 131072,
+    samples: Annotated[
+        int, typer.Option(help="Tokens, of those, whose keys and values the tables are fitted to.")
+    ] = 131072,
     seed: Annotated[int, typer.Option(help="Decides which text and tokens are taken.")] = 0,
     work_dir: Annotated[
         Path | None, typer.Option(help="Keeps statistics: a stopped run goes on, other bits reuse them.")
@@ -212,7 +222,9 @@ def evaluate(
     model: Model,
     codebook: Annotated[
         str | None,
-        typer.Argument(metavar="[CODEBOOK]", help="Folder or Hub id of a codebook; without it: FP and baselines."),
+        typer.Argument(
+            metavar="[CODEBOOK]", help="As for generate; without it only the plain model and --baseline are measured."
+        ),
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text file, folder or data set; repeat for several.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 12,
@@ -235,8 +247,10 @@ def evaluate(
 ) -> None:
     """Measure perplexity and real bits per element, under stated protocols.
 
-    FP: plain forward. W0: every key and value through the codec. S128: streaming, the last 128 keys exact.
-    cache: the real cache, filled and read back 128 tokens at a time.
+    FP: the plain model. W0: every key and value through the codec, as papers report. S128: what a user gets, the last
+    128 keys of each token exact. cache: the real cache, filled and read back 128 tokens at a time.
+
+    Example: antkv evaluate smollm2 smollm2-135m-instruct-1bit --text my.txt --protocol FP --protocol S128
     """
     _quiet()
     if not text:
@@ -271,7 +285,9 @@ def evaluate(
 def inspect(
     codebook: Annotated[
         str | None,
-        typer.Argument(metavar="[CODEBOOK]", help="Folder or Hub id of a codebook, or a file of AnTKVCache.save."),
+        typer.Argument(
+            metavar="[CODEBOOK]", help="Codebook (folder, Hub id, shipped name), or a file of AnTKVCache.save."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Folder or Hub id of a model: does it fit, or what could it have?")
@@ -282,6 +298,8 @@ def inspect(
     """Say what a codebook or a saved cache is, whether a codebook fits a model, or what a model could have.
 
     Of a codebook: model, commit, bits, the tables of each layer, calibration, measured rows, hash.
+
+    Examples: antkv inspect smollm2-135m-instruct-1bit; antkv inspect --model MODEL; antkv inspect CACHE_FILE
     """
     _quiet()
     from .evaluation.inspection import format_cache, format_inspection, inspect_cache, inspect_codebook, inspect_model

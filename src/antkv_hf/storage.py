@@ -6,6 +6,7 @@ are exactly as large as what they hold. Codes are tiny, so concatenating them ev
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -207,6 +208,9 @@ class LayerStorage:
         self.query_moment = torch.zeros(batch, heads, 2, device=keys.device)
         self.offset = torch.zeros(batch, dtype=torch.int64, device=keys.device)
         self.max_offset = 0  # of the batch, on the host: most prompts have no padding, and asking the device waits
+
+    def __deepcopy__(self, memo: dict) -> LayerStorage:
+        return copy.copy(self)  # buffers are never changed in place, so copies may share them
 
     @property
     def coded_length(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -19,9 +20,9 @@ from ..config import AnTKVConfig
 from ..tensor_parallel import check_heads, tp_size
 from . import interface, persistence
 from .footprint import MemoryFootprint
-from .layer import AnTKVLayer, LayerPlan, quantizable_layers
+from .layer import AnTKVLayer, LayerPlan, layers_kept_as_they_are, quantizable_layers
 from .model_rotary import model_rotary
-from .prompt_guard import PromptGuard, generate_input_ids
+from .prompt_guard import PromptGuard, forward_input_ids, generate_input_ids
 
 
 class AnTKVCache(Cache):
@@ -35,8 +36,7 @@ class AnTKVCache(Cache):
         config: what to keep; the codebook's own by default. Its codec specs must be the codebook's.
         codebook: tables of this model (not needed for ``AnTKVConfig.preset("identity")``).
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
-            (default) or ``"reset"`` (start afresh; convenient in pipelines). Compared are the tokens of the previous
-            prompt, not those generated after it.
+            (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are compared.
 
         device_mesh: the model's, where tensor parallelism shares its kv heads among some of the processes only;
             without it, among all of them. Tables and codes of a process are those of its heads.
@@ -82,6 +82,7 @@ class AnTKVCache(Cache):
         self._text_config = text  # what `save` tells of the model
         self._guard = PromptGuard()
         super().__init__(layers=layers)
+        self._first = self.quantized_layers[0]
 
     @classmethod
     def from_pretrained(
@@ -112,11 +113,25 @@ class AnTKVCache(Cache):
             model.set_attn_implementation(interface.NAME)
         return cache
 
+    def fork(self) -> AnTKVCache:
+        """A second cache that goes on from here on its own: one long document, many questions.
+
+        Buffers of quantized layers are shared, not copied, until one of the two replaces its own: the exact tail with
+        its next token, codes when the next chunk is coded. Layers that are not quantized are copied.
+        ``copy.deepcopy(cache)`` is the same.
+
+        Example:
+            >>> model(**document, past_key_values=cache)  # read once
+            >>> for question in questions:
+            ...     model.generate(**document_and(question), past_key_values=cache.fork())
+        """
+        return copy.deepcopy(self)
+
     def save(self, path: str | Path) -> None:
         """Writes the cache to one file, to go on from there in another process: see `load`.
 
         The file (safetensors, with JSON in its metadata) appears by one rename once it is complete on the disk: a kill
-        in the middle leaves the old file, or none. It holds codes, anchors, window, scores, prompt and config with a
+        in the middle leaves the old file, or none. It holds codes, anchors, window, scores, token ids and config with a
         hash over all of it; of the codebook only its hash and where it was loaded from, of the model only its sizes.
         An empty cache is saved as one; with assisted decoding, tokens that are not coded yet are saved exact, and the
         loaded cache goes on recording its past.
@@ -159,9 +174,8 @@ class AnTKVCache(Cache):
     @property
     def backend(self) -> str:
         """Backend in use; before the first update, the one that a CPU would get."""
-        first = self.quantized_layers[0]
-        if first.storage is not None:
-            return first.storage.backend.name
+        if self._first.storage is not None:
+            return self._first.storage.backend.name
         return select_backend(self.antkv_config.backend, torch.device("cpu"))
 
     def memory_footprint(self) -> MemoryFootprint:
@@ -186,7 +200,7 @@ class AnTKVCache(Cache):
                 elements += storage.length * width
                 dense += storage.length * width * keys.element_size()
                 tables += storage.codec.memory_bytes()
-        first = self.quantized_layers[0]
+        first = self._first
         batch = max(first.batch_size, 0)
         coded = 0 if first.storage is None else first.storage.coded_length
         return MemoryFootprint(
@@ -211,7 +225,12 @@ class AnTKVCache(Cache):
                 f"layer_idx {layer_idx} is beyond the {len(self.layers)} layers of this cache: it was made for another "
                 "model; make one with AnTKVCache(model.config, ...)"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.layers[layer_idx] is not self._first:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        start = self._first.get_seq_length()
+        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._guard.read(forward_input_ids(key_states.shape[0], key_states.shape[2]), start)
+        return out
 
     def reset(self) -> None:
         """Forgets everything; the cache can then take another prompt."""
@@ -225,19 +244,20 @@ class AnTKVCache(Cache):
                 f"crop({tokens_to_remove}) must not be positive: give minus the number of tokens to remove from the end"
             )
         super().crop(tokens_to_remove)
+        self._guard.crop(self._first.get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the batch for beam search."""
-        self._guard.forget()
         super().reorder_cache(beam_idx)
+        self._guard.map_batch(lambda ids: ids.index_select(0, beam_idx.cpu()))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._guard.forget()
         super().batch_repeat_interleave(repeats)
+        self._guard.map_batch(lambda ids: ids.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._guard.forget()
         super().batch_select_indices(indices)
+        self._guard.map_batch(lambda ids: ids[indices.cpu(), ...])
 
     def activate_past_recording(self) -> None:
         for layer in self.layers:
@@ -265,7 +285,6 @@ class AnTKVCache(Cache):
             )
         if why is not None:
             self.reset()
-        self._guard.remember(ids)
 
 
 def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None, device_mesh: Any) -> list:
@@ -276,22 +295,29 @@ def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | N
             "latents, not keys and values. Use DynamicCache for this model."
         )
     score = get_score(config.anchors.score)
-    layers = list(DynamicCache(config=model_config).layers)
-    plain = quantizable_layers(layers, config)
-    if not plain:
-        kinds = dict(Counter(type(layer).__name__ for layer in layers))
+    try:
+        layers = list(DynamicCache(config=model_config).layers)
+    except KeyError as error:  # some models register their cache layers only when they are loaded
         raise ValueError(
-            f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kinds}, skip_layers="
-            f"{config.skip_layers}): only full-attention layers are. Use DynamicCache, whose window is small already."
+            f"transformers knows no cache layer for the {error} layers of {text.model_type}: load the model first, or "
+            "leave past_key_values out"
+        ) from error
+    plain = quantizable_layers(layers, config)
+    kept = layers_kept_as_they_are(layers, config)
+    if not plain:
+        raise ValueError(
+            f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kept}): only those of full "
+            "attention over all past tokens are. Use DynamicCache for this model."
         )
     if beyond := [i for i in config.skip_layers if i >= len(layers)]:
         raise ValueError(
             f"skip_layers names layer {beyond[0]}, but the model has {len(layers)} layers (0 to {len(layers) - 1})"
         )
-    others = len(layers) - len(plain) - sum(i < len(layers) for i in config.skip_layers)
-    if others:
+    if len(layers) - len(plain) > len(config.skip_layers):
         warnings.warn(
-            f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers: only full attention is", stacklevel=3
+            f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers of {text.model_type}, those of full attention; "
+            f"the others stay as transformers keeps them ({kept})",
+            stacklevel=3,
         )
     codec_for_device = _identity_codec
     if not config.is_identity:

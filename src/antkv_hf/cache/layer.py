@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -22,6 +24,25 @@ _NO_TOKENS = (
 def quantizable_layers(layers: list, config: AnTKVConfig) -> list[int]:
     """Indices of transformers' cache `layers` that hold plain full attention and are not skipped."""
     return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in config.skip_layers]
+
+
+_KINDS = {  # transformers' cache layers that are not quantized, in words
+    "DynamicSlidingWindowLayer": "sliding window",
+    "LinearAttentionLayer": "linear attention",
+    "DynamicIndexedLayer": "indexed sparse attention",
+    "DummyLayer": "without keys of their own",
+}
+
+
+def layers_kept_as_they_are(layers: list, config: AnTKVConfig) -> str:
+    """Which of transformers' cache `layers` are not quantized: ``"5 sliding window, 1 skipped"``; empty for none."""
+    quantized = set(quantizable_layers(layers, config))
+    kinds = Counter(
+        "skipped" if i in config.skip_layers else _KINDS.get(type(layer).__name__, type(layer).__name__)
+        for i, layer in enumerate(layers)
+        if i not in quantized
+    )
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 class LayerPlan:
