@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from .attention.backends import Backend
 from .attention.reference_backend import REFERENCE
 from .codecs import LayerCodec
 from .config import AnTKVConfig
+
+if TYPE_CHECKING:
+    from .static_storage import StaticBuffers
 
 ENCODE_BLOCK = 4096  # tokens encoded at a time: bounds the workspace of a long prefill
 
@@ -117,6 +120,7 @@ class Snapshot:
             ``(batch, kv_heads, ceil(coded / 8))`` with bit ``t % 8`` of byte ``t // 8`` set for each of them.
         tail_keys, tail_values: ``(batch, kv_heads, tail, dim)`` after RoPE, model dtype.
         offset: int64 ``(batch,)``: a token's RoPE position is its index minus this (left padding).
+        static: the whole buffers of a `StaticStorage`, of which codes, exact tokens and tail are views; else None.
     """
 
     codec: LayerCodec
@@ -127,6 +131,7 @@ class Snapshot:
     tail_values: torch.Tensor
     offset: torch.Tensor
     exact_bits: torch.Tensor | None = None
+    static: StaticBuffers | None = None
 
     @property
     def coded_length(self) -> int:
@@ -139,6 +144,10 @@ class Snapshot:
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """RoPE positions ``(batch, stop - start)`` of the tokens at indices ``start..stop-1``."""
         return torch.arange(start, stop, device=self.offset.device) - self.offset.unsqueeze(1)
+
+    def unpadded(self) -> torch.Tensor:
+        """bool ``(batch, 1, 1, length)``: True from each sequence's first real token on."""
+        return (self.positions(0, self.length) >= 0)[:, None, None]
 
     def decode_keys(self, start: int, stop: int) -> torch.Tensor:
         """Keys after RoPE that the codes of tokens ``start..stop-1`` stand for."""
@@ -227,6 +236,15 @@ class LayerStorage:
             self.exact_bits,
         )  # fmt: skip
 
+    @property
+    def commits_at_once(self) -> bool:
+        """Whether tokens are encoded right after the attention that scored them, or at the start of the next step."""
+        return True
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Exchanges `offset`, `query_moment` or `statistic` for a tensor of the same shape."""
+        setattr(self, name, tensor)
+
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Adds new tokens ``(batch, kv_heads, n, dim)`` to the tail."""
         self.tail_keys = torch.cat([self.tail_keys, keys], 2)
@@ -250,10 +268,16 @@ class LayerStorage:
         self.tail_keys, self.tail_values = self.tail_keys[:, :, ready:].clone(), self.tail_values[:, :, ready:].clone()
         self.statistic = self.statistic[:, :, ready:].clone()
 
-    def _encode(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode(
+        self, start: int, stop: int, first: int | torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of the tail's tokens ``start..stop-1``; `first`: index of the first tail token, if given."""
+        first = self.coded_length if first is None else first
         keys, values = self.tail_keys[:, :, start:stop], self.tail_values[:, :, start:stop]
-        indices = self.coded_length + torch.arange(start, stop, device=keys.device)
-        coded = self.backend.encode(self.codec, keys, values, self.coded_length + start, self.offset)
+        indices = first + torch.arange(start, stop, device=keys.device)
+        # An index that only the device knows goes into the offset: what counts is their difference.
+        origin, offset = (first + start, self.offset) if isinstance(first, int) else (0, self.offset - indices[0])
+        coded = self.backend.encode(self.codec, keys, values, origin, offset)
         self._keep_sinks(start, indices, keys, values)
         if self.score is not None:
             positions = indices - self.offset.unsqueeze(1)
@@ -279,8 +303,11 @@ class LayerStorage:
             index = (best + indices[0]).masked_fill(scores.gather(2, best) == float("-inf"), -1)
             dtype = torch.int8 if self.config.anchors.dtype == "int8" else torch.float16
             new = ExactTokens.store(index, *_gather(best, keys, values), dtype, self.codec, self.offset)
-            self.anchors = new if self.anchors is None else self.anchors.append(new)
+            self._keep_anchors(new)
         return coded.key_codes, coded.value_codes
+
+    def _keep_anchors(self, new: ExactTokens) -> None:
+        self.anchors = new if self.anchors is None else self.anchors.append(new)
 
     def _keep_sinks(self, start: int, indices: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         count, first = self.config.anchors.sinks, self.coded_length + start

@@ -69,7 +69,7 @@ def _forms(tensors: dict[str, torch.Tensor], storage: LayerStorage, coded: int) 
     if "key_codes" not in tensors:
         return forms
     for name, codec, like in (("key_codes", storage.codec.key, keys), ("value_codes", storage.codec.value, values)):
-        width, dtype = _code_form(codec, like)
+        width, dtype = code_form(codec, like)
         forms[name] = ((batch, heads, coded, width), dtype)
     kinds = [("sinks", sink_dtype(keys.dtype))] if anchors.sinks else []
     if storage.score is not None:
@@ -88,7 +88,7 @@ def _forms(tensors: dict[str, torch.Tensor], storage: LayerStorage, coded: int) 
     return forms
 
 
-def _code_form(codec: Codec, like: torch.Tensor) -> tuple[int, torch.dtype]:
+def code_form(codec: Codec, like: torch.Tensor) -> tuple[int, torch.dtype]:
     """Width and dtype of one vector's codes: asked of the codec itself, with a zero."""
     codes = codec.encode(like.new_zeros(1, like.shape[1], 1, like.shape[3]))
     return codes.shape[3], codes.dtype

@@ -51,6 +51,24 @@ class Backend(Protocol):
         """Codes of `keys` (after RoPE) and `values` ``(batch, kv_heads, n, dim)``, the tokens from index `start` on."""
         ...
 
+    def append_token(self, keys, values, tail_keys, tail_values, lengths) -> None:
+        """Writes ``(batch, kv_heads, 1, dim)`` into the tail's buffers at index ``lengths[1]``, in place."""
+        ...
+
+    def answers_step(self, query, kv_heads: int, term) -> bool:
+        """Whether `attend_step` and `observe_step` take this query and this score's term; if not, `attention` and its
+        kin do."""
+        ...
+
+    def attend_step(self, past, query, mask, scale, softcap=None, sink_logit=None):
+        """`attention` of one token over ``past.static``, all lengths read on the device; without a mask, from `offset`
+        on."""
+        ...
+
+    def observe_step(self, storage, past, query, out, lse, mask, scale, softcap) -> None:
+        """Adds what a step's query says to `query_moment` and statistic of a `StaticStorage`, in place."""
+        ...
+
 
 def select_backend(requested: str, device: torch.device) -> str:
     """Name of the backend to use on `device`; the environment variable ANTKV_BACKEND wins over `requested`.

@@ -35,6 +35,9 @@ class AnTKVCache(Cache):
         model_config: the model's config.
         config: what to keep; the codebook's own by default. Its codec specs must be the codebook's.
         codebook: tables of this model (not needed for ``AnTKVConfig.preset("identity")``).
+        max_length: tokens of a sequence that memory is set aside for at once (prompt and new ones): nothing grows then,
+            lengths are on the device too, and `antkv_generate` can run decode steps as CUDA graphs. None: the cache
+            grows as it must. The batch keeps its size.
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
             (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are compared.
 
@@ -57,6 +60,7 @@ class AnTKVCache(Cache):
         config: AnTKVConfig | None = None,
         codebook: AnTKVCodebook | None = None,
         *,
+        max_length: int | None = None,
         on_new_prompt: str = "error",
         device_mesh: Any = None,
         offloading: bool = False,
@@ -68,6 +72,8 @@ class AnTKVCache(Cache):
             )
         if on_new_prompt not in ("error", "reset"):
             raise ValueError(f"on_new_prompt={on_new_prompt!r} must be 'error' or 'reset'")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length} must be at least 1 token, or None for a cache that grows")
         if isinstance(config, AnTKVCodebook):
             raise TypeError("the second argument is an AnTKVConfig; pass the codebook as AnTKVCache(..., codebook=...)")
         config = config or (codebook.config if codebook is not None else None)
@@ -77,8 +83,9 @@ class AnTKVCache(Cache):
         self.tp_size = tp_size(model_config, device_mesh)
         if self.tp_size > 1:
             check_heads(text, describe_model(text)["kv_heads"], self.tp_size)
-        layers = _layers(model_config, text, config, codebook, device_mesh)
+        layers = _layers(model_config, text, config, codebook, max_length, device_mesh)
         self.antkv_config, self.codebook, self.on_new_prompt = config, codebook, on_new_prompt
+        self.max_length = max_length
         self._text_config = text  # what `save` tells of the model
         self._guard = PromptGuard()
         super().__init__(layers=layers)
@@ -91,6 +98,7 @@ class AnTKVCache(Cache):
         model: PreTrainedModel | None = None,
         config: AnTKVConfig | None = None,
         *,
+        max_length: int | None = None,
         on_new_prompt: str = "error",
         **changes: Any,
     ) -> AnTKVCache:
@@ -100,6 +108,7 @@ class AnTKVCache(Cache):
             model: switches the fast lane on (``model.set_attn_implementation("antkv")``) and checks that the codebook
                 fits; without it the model is described by the codebook.
             config: replaces the codebook's defaults.
+            max_length: as in `AnTKVCache`.
             changes: fields of the config to change, e.g. ``window=64, anchor_fraction=0.01``; or arguments of
                 `AnTKVCodebook.from_pretrained` (revision, token, cache_dir, local_files_only, force_download).
         """
@@ -108,7 +117,9 @@ class AnTKVCache(Cache):
         config = (config or codebook.config).replace(**changes)
         model_config = codebook.model_config() if model is None else model.config
         mesh = getattr(model, "_device_mesh", None)
-        cache = cls(model_config, config, codebook, on_new_prompt=on_new_prompt, device_mesh=mesh)
+        cache = cls(
+            model_config, config, codebook, max_length=max_length, on_new_prompt=on_new_prompt, device_mesh=mesh
+        )
         if model is not None:
             model.set_attn_implementation(interface.NAME)
         return cache
@@ -183,7 +194,7 @@ class AnTKVCache(Cache):
 
         Under tensor parallelism: those of this process, which holds its share of the heads.
         """
-        sizes: Counter[str] = Counter(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0)
+        sizes: Counter[str] = Counter(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0, reserved=0)
         coded_elements = elements = dense = tables = 0
         for layer in self.layers:
             if not isinstance(layer, AnTKVLayer):
@@ -287,7 +298,9 @@ class AnTKVCache(Cache):
             self.reset()
 
 
-def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None, device_mesh: Any) -> list:
+def _layers(
+    model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None, max_length: int | None, device_mesh: Any
+) -> list:
     """Transformers' own layers for this model, with the plain full-attention ones replaced by quantized ones."""
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(
@@ -329,7 +342,7 @@ def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | N
         codebook.check(text, config, plain)
         codec_for_device = codebook.codec_factory(config, model_rotary(model_config), device_mesh)
     for i in plain:
-        layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device))
+        layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device, max_length))
     return layers
 
 
