@@ -158,13 +158,13 @@ def test_identity_codec_and_one_token_prompts(llama):
 def test_a_saved_static_cache_goes_on(llama, codebook, tmp_path):
     caches = pair(llama, codebook, 200)
     for cache in caches:
-        generate(llama, dict(input_ids=prompt(40)), cache, 30)
+        said = generate(llama, dict(input_ids=prompt(40)), cache, 30)
     caches[1].save(tmp_path / "cache.safetensors")
     loaded = AnTKVCache.load(tmp_path / "cache.safetensors", llama, codebook)
     assert loaded.max_length is None and loaded.get_seq_length() == 69
     llama.set_attn_implementation("sdpa")
-    said = dict(input_ids=torch.cat([prompt(40), prompt(40, seed=1)], 1))
-    tokens = [generate(llama, said, cache, 40) for cache in (caches[0], loaded)]
+    turn = dict(input_ids=torch.cat([said, prompt(40, seed=1)], 1))
+    tokens = [generate(llama, turn, cache, 40) for cache in (caches[0], loaded)]
     assert torch.equal(*tokens)
 
 

@@ -9,6 +9,7 @@ A prompt's chunk is held exactly beside the buffers until it is encoded, as in `
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -151,6 +152,14 @@ class StaticStorage(LayerStorage):
         self.set_counts(self._counts)
 
     # ------------------------------------------------------------------------------------------------------- lengths
+
+    def __deepcopy__(self, memo: dict) -> StaticStorage:
+        """Buffers are changed in place, so a copy has its own."""
+        clone = copy.copy(self)
+        shared = {"codec", "config", "backend", "score"}
+        clone.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in shared})
+        return clone
+
     @property
     def counts(self) -> Counts:
         return self._counts

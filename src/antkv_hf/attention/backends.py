@@ -73,7 +73,8 @@ class Backend(Protocol):
 def select_backend(requested: str, device: torch.device) -> str:
     """Name of the backend to use on `device`; the environment variable ANTKV_BACKEND wins over `requested`.
 
-    ``auto`` is ``triton`` on a GPU where Triton is installed, else ``reference``.
+    ``auto`` is ``cuda`` on an NVIDIA GPU (sm_80 or newer) where cuda-core is installed, else ``triton`` on a GPU where
+    Triton is installed, else ``reference``. A layer whose codes have no CUDA kernel is ``triton`` (see `make_backend`).
 
     Raises:
         ValueError: for a name that does not exist, or a backend that cannot run there.
@@ -83,12 +84,14 @@ def select_backend(requested: str, device: torch.device) -> str:
         raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(KNOWN)}")
     obstacle = _obstacle_to_triton(device)
     if name == "auto":
-        return "triton" if obstacle is None and device.type == "cuda" else "reference"
+        if obstacle is not None or device.type != "cuda":
+            return "reference"
+        return "triton" if _obstacle_to_cuda(device) else "cuda"
     if name == "triton" and obstacle:
         raise ValueError(f"backend 'triton' is not available on {device}: {obstacle}; use 'reference' or 'auto'")
-    if name == "cuda":
+    if name == "cuda" and (obstacle := _obstacle_to_cuda(device)):
         raise ValueError(
-            f"backend 'cuda' is not available on {device} in this version; use 'triton', 'reference' or 'auto'"
+            f"backend 'cuda' is not available on {device}: {obstacle}; use 'triton', 'reference' or 'auto'"
         )
     return name
 
@@ -97,7 +100,8 @@ def make_backend(requested: str, codec: LayerCodec, device: torch.device, dtype:
     """The backend of a layer whose keys are in `dtype` on `device`.
 
     Raises:
-        ValueError: as `select_backend`, or if ``triton`` was asked for by name and has no kernel for the codec.
+        ValueError: as `select_backend`, or if ``triton`` or ``cuda`` was asked for by name and has no kernel for the
+            codec.
     """
     from .reference_backend import REFERENCE
 
@@ -106,13 +110,34 @@ def make_backend(requested: str, codec: LayerCodec, device: torch.device, dtype:
         return REFERENCE
     from .triton_backend import TritonBackend, UnsupportedTables
 
+    by_name = os.environ.get("ANTKV_BACKEND", requested) == name
+    if name == "cuda":
+        from .cuda_backend import CudaBackend
+
+        try:
+            return CudaBackend(codec, dtype)
+        except UnsupportedTables:  # a rate or head size of Triton's only
+            if by_name:
+                raise
+    if name == "triton" and not by_name:
+        hint = _obstacle_to_cuda(device)
+        if hint is not None and "cuda-core" in hint:
+            warnings.warn(f"decoding with Triton's kernels, not the faster ones in CUDA C++: {hint}", stacklevel=2)
     try:
         return TritonBackend(codec, dtype)
     except UnsupportedTables as reason:
-        if os.environ.get("ANTKV_BACKEND", requested) == "triton":
+        if by_name:
             raise
         warnings.warn(f"slow attention in PyTorch: {reason}", stacklevel=2)
         return REFERENCE
+
+
+def _obstacle_to_cuda(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, whose kernels it shares, is not installed (pip install triton)"
+    from antkv.cuda_decode import obstacle
+
+    return obstacle(device)
 
 
 def _obstacle_to_triton(device: torch.device) -> str | None:

@@ -47,12 +47,17 @@ class TritonBackend:
         kv_heads = past.tail_keys.shape[1]
         query = query.to(past.tail_keys.dtype)  # autocast may mix them
         quantized = self._quantized_past(past)
-        decode = quantized is not None and _decodes(query, kv_heads)
-        answer = decode_attention if decode else prefill_attention
-        CALLS[f"triton.{answer.__name__}"] += 1
         with torch.cuda.device_of(query):  # Triton launches on the current GPU, and a model may be spread over several
-            out, lse = answer(query, quantized, past.tail_keys, past.tail_values, **options)
+            if quantized is not None and _decodes(query, kv_heads):
+                out, lse = self.decode_attention(query, quantized, past.tail_keys, past.tail_values, **options)
+            else:
+                CALLS["triton.prefill_attention"] += 1
+                out, lse = prefill_attention(query, quantized, past.tail_keys, past.tail_values, **options)
         return out.unflatten(1, (kv_heads, -1)), lse.unflatten(1, (kv_heads, -1))
+
+    def decode_attention(self, query, past: QuantizedPast, tail_keys, tail_values, **options):
+        CALLS["triton.decode_attention"] += 1
+        return decode_attention(query, past, tail_keys, tail_values, **options)
 
     def column_statistic(self, term, past: Snapshot, query, out, lse, visibility, scale, softcap, first_query, stride):
         if term not in TERMS:  # a score of the user's own, in PyTorch
@@ -87,7 +92,6 @@ class TritonBackend:
         return query.shape[2] == 1 and _decodes(query, kv_heads) and (term is None or term in TERMS)
 
     def attend_step(self, past: Snapshot, query, mask, scale, softcap=None, sink_logit=None):
-        CALLS["triton.decode_attention"] += 1
         static, kv_heads = past.static, past.tail_keys.shape[1]
         assert static is not None
         if static.planned is not None and mask is not None:
@@ -97,7 +101,7 @@ class TritonBackend:
         planned = past.coded_length if static.planned is None else static.planned
         quantized = self._static_past(past)._replace(coded=planned, lengths=static.lengths)
         with torch.cuda.device_of(query):
-            out, lse = decode_attention(
+            out, lse = self.decode_attention(
                 query.to(static.tail_keys.dtype), quantized, static.tail_keys, static.tail_values, scale=scale,
                 mask=mask, is_causal=False, softcap=softcap, sink_logit=sink_logit,
             )  # fmt: skip

@@ -129,7 +129,7 @@ class AnTKVCache(Cache):
 
         Buffers of quantized layers are shared, not copied, until one of the two replaces its own: the exact tail with
         its next token, codes when the next chunk is coded. Layers that are not quantized are copied.
-        ``copy.deepcopy(cache)`` is the same.
+        So are all buffers of a cache with `max_length`. ``copy.deepcopy(cache)`` is the same.
 
         Example:
             >>> model(**document, past_key_values=cache)  # read once
