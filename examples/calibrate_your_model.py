@@ -2,7 +2,7 @@
 
 python examples/calibrate_your_model.py MODEL TEXT ... --test TEXT -o FOLDER
 
-Without arguments: SmolLM2 on Python's own source, with far too few tokens for a good codebook (a first look of a few
+Without arguments: SmolLM2 on Python's own source, with far too few tokens for a good codebook (a first look of some
 minutes on two cores). For real use, 262,144 tokens of the kinds of text that you will use it for, on a GPU.
 """
 
@@ -22,7 +22,7 @@ parser.add_argument("model", nargs="?", default="smollm2", help="of transformers
 parser.add_argument("texts", nargs="*", help="files, folders or data sets, each with an optional =share")
 parser.add_argument("--test", default=f"{library}/json", help="text to measure on, none of those above")
 parser.add_argument("--bits", default="1", help="4, 2, 1.25, 1, 0.75, 0.5 or 0.375")
-parser.add_argument("--tokens", type=int, default=8192, help="tokens to learn from")
+parser.add_argument("--tokens", type=int, default=4096, help="tokens to learn from")
 parser.add_argument("--window", type=int, default=512, help="tokens that the model sees at a time")
 parser.add_argument("-o", "--output", type=Path, help="folder of the codebook (default: a temporary one)")
 args = parser.parse_args()
