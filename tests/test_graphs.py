@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -198,6 +200,19 @@ def test_turns_on_one_static_cache(llama, codebook, stand_in):
     assert EagerGraph.made > before
 
 
+def test_a_cache_takes_its_memory_and_graphs_with_it(llama, codebook, stand_in):
+    cache = AnTKVCache(llama.config, codebook=codebook, max_length=100)
+    run(llama, inputs(0), past_key_values=cache, custom_generate=antkv_generate(cuda_graphs=True))
+    gone = [weakref.ref(cache._graphed), weakref.ref(cache.layers[0].storage.buffers.key_codes)]
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
 def test_max_length_is_reached(llama, codebook, stand_in):
     cache = AnTKVCache(llama.config, codebook=codebook, max_length=50)
     with pytest.raises(ValueError, match="max_length=50 tokens, but 50 cached and 1 new ones are 51"):
@@ -236,11 +251,17 @@ def test_a_capture_that_fails_leaves_no_trace(llama, codebook, stand_in, monkeyp
         storage.count(storage.counts._replace(tail=storage.counts.tail + 1))  # as Python in a capture would
         raise torch.OutOfMemoryError("no room\nfor it")
 
+    works = EagerGraph.capture
     monkeypatch.setattr(EagerGraph, "capture", fail)
     cache = AnTKVCache(llama.config, codebook=codebook, max_length=200)
     with pytest.warns(UserWarning, match="OutOfMemoryError: no room; decoding goes on without them"):
         tokens = run(llama, inputs(0), past_key_values=cache, custom_generate=antkv_generate())
-    assert torch.equal(tokens, run(llama, inputs(0), past_key_values=AnTKVCache(llama.config, codebook=codebook)))
+    grown = AnTKVCache(llama.config, codebook=codebook)
+    assert torch.equal(tokens, run(llama, inputs(0), past_key_values=grown))
+    monkeypatch.setattr(EagerGraph, "capture", works)  # it is tried again in the next turn
+    more = dict(input_ids=torch.cat([tokens, tokens[:, :3]], 1))
+    again = run(llama, more, past_key_values=cache, custom_generate=antkv_generate(cuda_graphs=True))
+    assert EagerGraph.replays > 0 and torch.equal(again, run(llama, more, past_key_values=grown))
 
 
 def test_plans_follow_the_length(llama, codebook, stand_in, monkeypatch):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -140,7 +142,8 @@ class GraphedModel:
     """
 
     def __init__(self, model, cache: AnTKVCache, make_graph: Callable[[], Graph], strict: bool = False) -> None:
-        self._model, self._cache, self._make_graph, self._strict = model, cache, make_graph, strict
+        # The cache keeps this object, which therefore must not keep the cache: its memory would wait for the collector.
+        self._model, self._cache, self._make_graph, self._strict = model, weakref.ref(cache), make_graph, strict
         self._runs_python = make_graph().runs_python
         self._usable: bool | None = None  # known at the first step
         self._begin([], {}, "")
@@ -162,22 +165,25 @@ class GraphedModel:
         return None  # a copied cache has buffers of its own, and no graphs yet
 
     def __call__(self, *args, **inputs):
-        if args or not self._takes(inputs):
+        cache = self._cache()
+        if args or cache is None or not _takes(cache, inputs):
             return self._model(*args, **inputs)
-        storages: Any = [layer.storage for layer in self._cache.quantized_layers]
+        storages: Any = [layer.storage for layer in cache.quantized_layers]
         if self._usable is None:
             self._usable = self._runs_python or self._answered_by_kernels(storages)
             if not self._usable:
-                self._give_up(f"backend {self._cache.backend!r} looks at lengths on the host")
+                self._give_up(f"backend {cache.backend!r} looks at lengths on the host")
         if not self._usable:
             return self._model(**inputs)
         try:
+            cache.quantized_layers[0].require_room(1)
             logits = self._step(storages, inputs)
         except CaptureError as error:
             self._usable = False
+            self._begin([], {}, "")
             self._give_up(str(error))
             return self._model(**inputs)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _give_up(self, reason: str) -> None:
         message = f"decode steps of {type(self._model).__name__} cannot be replayed as CUDA graphs: {reason}"
@@ -194,24 +200,8 @@ class GraphedModel:
                 return False
         return True
 
-    def _takes(self, inputs: dict[str, Any]) -> bool:
-        """Whether these are the inputs of a step: one token a sequence, its position, and no other tensor."""
-        ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
-        if ids is None or positions is None or ids.ndim != 2 or ids.shape[1] != 1 or positions.ndim != 2:
-            return False
-        if inputs.get("past_key_values") is not self._cache or self._cache.get_seq_length() == 0:
-            return False
-        if any(isinstance(x, torch.Tensor) for name, x in inputs.items() if name not in _STEP_INPUTS):
-            return False
-        if any(inputs.get(name) for name in ("output_attentions", "output_hidden_states", "labels")):
-            return False
-        mask = inputs.get("attention_mask")
-        return (mask is None or mask.ndim == 2) and all(_replays(layer) for layer in self._cache.quantized_layers)
-
     def _step(self, storages: list[StaticStorage], inputs: dict[str, Any]) -> torch.Tensor:
         """Logits ``(batch, 1, vocabulary)``, valid until the next call."""
-        for layer in self._cache.quantized_layers:
-            layer.require_room(1)
         lane = _lane(self._model)
         same = len(storages) == len(self._storages) and all(a is b for a, b in zip(storages, self._storages))
         same = same and lane == self._lane and _flags(inputs) == self._flags
@@ -220,7 +210,7 @@ class GraphedModel:
         counts = storages[0].counts
         if storages[0].must_encode:
             if self._encode is None:
-                self._encode = _Replayed(lambda: _encode_chunks(storages), self._make_graph())
+                self._encode = _Replayed(partial(_encode_chunks, storages), self._make_graph())
             chunk, more = storages[0].config.chunk, storages[0].slots_per_chunk
             counts = Counts(counts.coded + chunk, counts.tail - chunk, counts.slots + more)
             self._run(self._encode, storages, counts)
@@ -230,7 +220,8 @@ class GraphedModel:
         while bucket < counts.coded:
             bucket *= GROWTH
         if bucket not in self._steps:
-            self._steps[bucket] = _Replayed(self._forward, self._make_graph())
+            forward = partial(_forward, self._model, self._cache, self._inputs, self._flags)
+            self._steps[bucket] = _Replayed(forward, self._make_graph())
         return self._run(self._steps[bucket], storages, counts._replace(tail=counts.tail + 1), planned=bucket)
 
     def _run(
@@ -255,8 +246,9 @@ class GraphedModel:
             storage.count(after)
         return output
 
-    def _forward(self) -> torch.Tensor:
-        return self._model(**self._inputs, past_key_values=self._cache, **self._flags, return_dict=True).logits
+
+def _forward(model, cache: weakref.ref, inputs: dict[str, torch.Tensor], flags: dict[str, Any]) -> torch.Tensor:
+    return model(**inputs, past_key_values=cache(), **flags, return_dict=True).logits
 
 
 def graphed(model, cache: AnTKVCache, strict: bool = False) -> GraphedModel:
@@ -280,6 +272,21 @@ def _flags(inputs: dict[str, Any]) -> dict[str, Any]:
 def _encode_chunks(storages: list[StaticStorage]) -> None:
     for storage in storages:
         storage.encode_chunk()
+
+
+def _takes(cache: AnTKVCache, inputs: dict[str, Any]) -> bool:
+    """Whether these are the inputs of a step: one token a sequence, its position, and no other tensor."""
+    ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
+    if ids is None or positions is None or ids.ndim != 2 or ids.shape[1] != 1 or positions.ndim != 2:
+        return False
+    if inputs.get("past_key_values") is not cache or cache.get_seq_length() == 0:
+        return False
+    if any(isinstance(x, torch.Tensor) for name, x in inputs.items() if name not in _STEP_INPUTS):
+        return False
+    if any(inputs.get(name) for name in ("output_attentions", "output_hidden_states", "labels")):
+        return False
+    mask = inputs.get("attention_mask")
+    return (mask is None or mask.ndim == 2) and all(_replays(layer) for layer in cache.quantized_layers)
 
 
 def _replays(layer) -> bool:

@@ -165,6 +165,14 @@ class StaticStorage(LayerStorage):
         return self._counts
 
     @property
+    def coded_length(self) -> int:
+        return self._counts.coded
+
+    @property
+    def length(self) -> int:
+        return self._counts.coded + self._counts.tail
+
+    @property
     def planned(self) -> int | None:
         """Coded tokens that the next step is to be planned for, if it is captured: see `StaticBuffers`."""
         return self._planned

@@ -64,7 +64,7 @@ def test_decode_attention_reads_lengths_on_the_device(coded, tail, offset, ancho
     assert_near(out, torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=0.2), 1e-5)
 
 
-PROMPT, STEPS = 30, 10
+PROMPT, STEPS = 30, 6
 
 
 def life(static: bool, graph: RecordedGraph | None = None) -> tuple[torch.Tensor, LayerStorage]:
@@ -110,7 +110,7 @@ def test_a_recorded_step_lives_through_chunks():
     graph = RecordedGraph()
     out, static = life(True, graph)
     assert_near(out, expected, 1e-5)
-    assert static.coded_length == grown.coded_length == 32 and static.buffers.lengths.tolist() == [32, 8, 4]
+    assert static.coded_length == grown.coded_length == 24 and static.buffers.lengths.tolist() == [24, 12, 3]
     for name in ("key_codes", "value_codes", "exact_bits", "tail_keys", "tail_values", "offset"):
         assert torch.equal(getattr(static, name), getattr(grown, name)), name
     assert torch.equal(static.anchors.positions, grown.anchors.positions)

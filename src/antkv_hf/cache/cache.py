@@ -246,6 +246,7 @@ class AnTKVCache(Cache):
     def reset(self) -> None:
         """Forgets everything; the cache can then take another prompt."""
         self._guard.forget()
+        self.__dict__.pop("_graphed", None)  # `graphs.graphed`: they hold the old buffers
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
