@@ -11,11 +11,14 @@ from .tables import UnsupportedTables
 from .triton_backend import TritonBackend
 
 
+MIN_TOKENS = 6144  # of all sequences together: below, filling the tables takes longer than Triton's whole launch
+
+
 class CudaBackend(TritonBackend):
     """`TritonBackend` with a faster decode attention for 16-bit models on NVIDIA GPUs.
 
-    Padding masks, more than 8 query rows a kv head and GPUs with too little shared memory get Triton's kernel; so does
-    everything, after one warning, if a kernel cannot be compiled.
+    Padding masks, few tokens, more than 8 query rows a kv head and GPUs with too little shared memory get Triton's kernel;
+    so does everything, after one warning, if a kernel cannot be compiled.
 
     Raises:
         UnsupportedTables: if the codec has no CUDA kernel.
@@ -33,7 +36,8 @@ class CudaBackend(TritonBackend):
             raise UnsupportedTables(str(error)) from error
 
     def decode_attention(self, query, past, tail_keys, tail_values, *, mask=None, **options):
-        if mask is not None or not cuda_decode.takes(query, past, options.get("softcap") is not None):
+        few = past.length * query.shape[0] < MIN_TOKENS
+        if mask is not None or few or not cuda_decode.takes(query, past, options.get("softcap") is not None):
             return super().decode_attention(query, past, tail_keys, tail_values, mask=mask, **options)
         CALLS["cuda.decode_attention"] += 1
         return cuda_decode.decode_attention(query, past, tail_keys, tail_values, **options)
