@@ -10,15 +10,14 @@ from .backends import CALLS
 from .tables import UnsupportedTables
 from .triton_backend import TritonBackend
 
-
 MIN_TOKENS = 6144  # of all sequences together: below, filling the tables takes longer than Triton's whole launch
 
 
 class CudaBackend(TritonBackend):
     """`TritonBackend` with a faster decode attention for 16-bit models on NVIDIA GPUs.
 
-    Padding masks, few tokens, more than 8 query rows a kv head and GPUs with too little shared memory get Triton's kernel;
-    so does everything, after one warning, if a kernel cannot be compiled.
+    Padding masks, few tokens, more than 8 query rows a kv head and GPUs with too little shared memory get Triton's
+    kernel; so does everything, after one warning, if a kernel cannot be compiled.
 
     Raises:
         UnsupportedTables: if the codec has no CUDA kernel.
