@@ -69,6 +69,9 @@ def antkv_generate(
         if not isinstance(cache, AnTKVCache):
             limit = generation_config.max_length if max_length is None and unusable is None else max_length
             limit = limit if mode in _STEPWISE else None
+            embedded = model_kwargs.get("inputs_embeds")
+            if limit is not None and max_length is None and embedded is not None and not _tokens(input_ids):
+                limit += embedded.shape[1]  # generate() counts new tokens only then
             mesh = getattr(model, "_device_mesh", None)
             cache = AnTKVCache(model.config, config, codebook, max_length=limit, device_mesh=mesh)
             model_kwargs["past_key_values"] = cache
@@ -81,6 +84,10 @@ def antkv_generate(
         return decode(model, input_ids, generation_config=generation_config, **model_kwargs)
 
     return generate
+
+
+def _tokens(input_ids: torch.Tensor | None) -> int:
+    return 0 if input_ids is None else input_ids.shape[1]
 
 
 def _no_gpu(model) -> str | None:

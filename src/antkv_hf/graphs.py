@@ -121,6 +121,8 @@ def obstacle(model, cache: AnTKVCache, attention_mask: torch.Tensor | None = Non
         return f"attn_implementation={lane!r} is not one of {LANES}"
     if len(devices := set(getattr(model, "hf_device_map", {}).values())) > 1:
         return f"the model is spread over {len(devices)} devices"
+    if model.device.type == "cuda" and model.device.index not in (None, torch.cuda.current_device()):
+        return f"the model is on {model.device}, not on the current GPU: torch.cuda.set_device({model.device.index})"
     if model.training:
         return "the model is in training mode: call model.eval()"
     if "position_ids" not in inspect.signature(model.forward).parameters:
@@ -146,6 +148,7 @@ class GraphedModel:
         self._model, self._cache, self._make_graph, self._strict = model, weakref.ref(cache), make_graph, strict
         self._runs_python = make_graph().runs_python
         self._usable: bool | None = None  # known at the first step
+        self.weights: Any = None  # where they are: see `graphed`
         self._begin([], {}, "")
 
     def _begin(self, storages: list[StaticStorage], inputs: dict[str, Any], lane: str) -> None:
@@ -254,10 +257,20 @@ def _forward(model, cache: weakref.ref, inputs: dict[str, torch.Tensor], flags: 
 def graphed(model, cache: AnTKVCache, strict: bool = False) -> GraphedModel:
     """The `GraphedModel` of a model and a cache; the cache keeps it, so that its next turn captures nothing again."""
     kept = cache.__dict__.get("_graphed")
-    if kept is None or kept._model is not model:
+    # Graphs read weights where they were: others (an adapter, another dtype) need graphs of their own.
+    weights = tuple(parameter.data_ptr() for parameter in model.parameters()), _active_adapters(model)
+    if kept is None or kept._model is not model or kept.weights != weights:
         kept = cache.__dict__["_graphed"] = GraphedModel(model, cache, cuda_graphs())
+        kept.weights = weights
     kept._strict, kept._usable = strict, None
     return kept
+
+
+def _active_adapters(model) -> Any:
+    try:
+        return model.active_adapters()
+    except (AttributeError, ImportError, ValueError):  # none are loaded, or PEFT is not installed
+        return None
 
 
 def _lane(model) -> str:

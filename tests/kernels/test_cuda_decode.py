@@ -43,6 +43,10 @@ def emulated(tmp_path_factory):
     return make
 
 
+def tables(past):
+    return past.key_tables, past.value_tables
+
+
 def make_case(case, dtype, device="cpu", heads=2):
     key, value, dim, group, q_len, batch, coded, tail, rope, softcap, anchors = case
     codec = random_codec(key, value, heads, dim, None, rope, device)
@@ -60,7 +64,7 @@ def test_emulated_block_equals_the_reference(case, emulated):
     past = quantized_past(snapshot)
     batch, q_heads, q_len, dim = query.shape
     rows, splits = q_heads // 2 * q_len, 2
-    shape = find_shape(past, rows, options["softcap"] is not None)
+    shape = find_shape(*tables(past), rows, options["softcap"] is not None)
     library = emulated(shape)
     assert library.arguments_bytes() == ctypes.sizeof(Arguments)
     assert library.shared_bytes() == shared_bytes(shape) <= 232448
@@ -81,6 +85,24 @@ def test_emulated_block_equals_the_reference(case, emulated):
 
 
 @needs_compiler
+def test_sinks_alone_in_bfloat16(emulated):
+    """The only set of exact tokens stands where anchors do, in the model's dtype."""
+    snapshot = random_snapshot(random_codec("d8b8", "d8b8", 2, 64), 1, 96, 7, torch.bfloat16, fraction=0.0)
+    query, past = torch.randn(1, 8, 1, 64).bfloat16(), quantized_past(snapshot)
+    expected, _ = attention(snapshot, query, Visibility(None, False, 1, snapshot.length), 0.125)
+    shape = find_shape(*tables(past), 4, False)
+    partial, state = torch.full((1, 2, 2, 4, 64), float("nan")), torch.full((2, 1, 2, 2, 4), float("nan"))
+    arguments = make_arguments(
+        shape, query, past, snapshot.tail_keys, snapshot.tail_values, partial, state, scale=0.125, softcap=None,
+        is_causal=False, hides_padding=False, splits=1, blocks=1,
+    )  # fmt: skip
+    emulated(shape).run(ctypes.byref(arguments))
+    out, lse = torch.empty(query.shape), torch.empty(query.shape[:3])
+    merge_splits(partial, state, past.value_tables, None, out, lse)
+    assert_near(out, expected.flatten(1, 2), 2e-3)
+
+
+@needs_compiler
 def test_lengths_on_the_device_and_hidden_padding(emulated):
     """Buffers larger than what they hold, with lengths read from memory, and padding hidden by `offset`."""
     case = ("d8b8", "d8b8", 64, 4, 1, 2, 96, 7, "half", None, "int8")
@@ -91,7 +113,7 @@ def test_lengths_on_the_device_and_hidden_padding(emulated):
     mask = (columns >= torch.tensor([0, 21]).view(2, 1, 1, 1)).expand(2, 1, 1, -1)
     expected, _ = attention(snapshot, query, Visibility(mask, False, 1, snapshot.length), case[2] ** -0.5)
     past = quantized_past(snapshot)
-    shape = find_shape(past, 4, False)
+    shape = find_shape(*tables(past), 4, False)
     partial, state = torch.full((2, 2, 2, 4, 64), float("nan")), torch.full((2, 2, 2, 2, 4), float("nan"))
 
     def grown(x: torch.Tensor, extra: int) -> torch.Tensor:
@@ -124,19 +146,18 @@ def test_plan_gives_every_block_work():
 def test_what_has_no_kernel_is_refused():
     past = quantized_past(random_snapshot(random_codec("d8b8", "d8b8", 2, 64), 1, 32, 3, torch.float16))
     with pytest.raises(ValueError, match="9 query rows a kv head; 1 to 8 have a kernel"):
-        find_shape(past, 9, False)
+        find_shape(*tables(past), 9, False)
     four_bits = quantized_past(random_snapshot(random_codec("d2b8", "d2b8", 2, 64), 1, 32, 3, torch.float16))
     with pytest.raises(ValueError, match="1 codes of 8 bits for 2 channels have no CUDA kernel"):
-        find_shape(four_bits, 4, False)
+        find_shape(*tables(four_bits), 4, False)
+    small = quantized_past(random_snapshot(random_codec("d8b8", "d8b8", 2, 32), 1, 32, 3, torch.float16))
     with pytest.raises(ValueError, match="head sizes 32 and 32"):
-        find_shape(
-            quantized_past(random_snapshot(random_codec("d8b8", "d8b8", 2, 32), 1, 32, 3, torch.float16)), 4, False
-        )
+        find_shape(*tables(small), 4, False)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_compiles_without_a_gpu(architecture):
-    core = pytest.importorskip("cuda.core", reason="NVRTC comes with antkv-hf[cuda]")
+    core = pytest.importorskip("cuda.core", reason="NVRTC comes with antkv-hf[cuda13]")
     options = core.ProgramOptions(arch=architecture, std="c++17")
     shape = Shape(128, 1, 1, 1, 12, True, False)
     assert core.Program(source(shape), "c++", options).compile("cubin").code

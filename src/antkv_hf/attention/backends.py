@@ -121,7 +121,7 @@ def make_backend(requested: str, codec: LayerCodec, device: torch.device, dtype:
                 raise
     if name == "triton" and not by_name:
         hint = _obstacle_to_cuda(device)
-        if hint is not None and "cuda-core" in hint:
+        if hint is not None and "cuda-core" in hint and _would_be_cuda(codec, dtype):
             warnings.warn(f"decoding with Triton's kernels, not the faster ones in CUDA C++: {hint}", stacklevel=2)
     try:
         return TritonBackend(codec, dtype)
@@ -130,6 +130,16 @@ def make_backend(requested: str, codec: LayerCodec, device: torch.device, dtype:
             raise
         warnings.warn(f"slow attention in PyTorch: {reason}", stacklevel=2)
         return REFERENCE
+
+
+def _would_be_cuda(codec: LayerCodec, dtype: torch.dtype) -> bool:
+    from .cuda_backend import CudaBackend, UnsupportedTables
+
+    try:
+        CudaBackend(codec, dtype)
+    except UnsupportedTables:
+        return False
+    return True
 
 
 def _obstacle_to_cuda(device: torch.device) -> str | None:

@@ -20,19 +20,23 @@ class CudaBackend(TritonBackend):
     kernel; so does everything, after one warning, if a kernel cannot be compiled.
 
     Raises:
-        UnsupportedTables: if the codec has no CUDA kernel.
+        UnsupportedTables: if the codec has no CUDA kernel, or none for this GPU.
     """
 
     name = "cuda"
 
     def __init__(self, codec: LayerCodec, dtype: torch.dtype):
         super().__init__(codec, dtype)
+        device = self.key_tables.mean.device
         if dtype not in cuda_decode.SIXTEEN_BITS:
             raise UnsupportedTables(f"a {dtype} model has no CUDA kernel: float16 and bfloat16 ones have")
         try:
-            cuda_decode.check_tables(self.key_tables, self.value_tables)
+            shape = cuda_decode.find_shape(self.key_tables, self.value_tables, 1, softcap=False)
         except ValueError as error:
             raise UnsupportedTables(str(error)) from error
+        if not cuda_decode.fits_memory(shape, device):
+            name, size = torch.cuda.get_device_name(device), cuda_decode.shared_bytes(shape)
+            raise UnsupportedTables(f"{name} gives a block less than the {size} bytes of shared memory it needs")
 
     def decode_attention(self, query, past, tail_keys, tail_values, *, mask=None, **options):
         few = past.length * query.shape[0] < MIN_TOKENS

@@ -49,7 +49,8 @@ class TritonBackend:
         quantized = self._quantized_past(past)
         with torch.cuda.device_of(query):  # Triton launches on the current GPU, and a model may be spread over several
             if quantized is not None and _decodes(query, kv_heads):
-                out, lse = self.decode_attention(query, quantized, past.tail_keys, past.tail_values, **options)
+                tail = past.tail_keys.contiguous(), past.tail_values.contiguous()  # of static storage, they are views
+                out, lse = self.decode_attention(query, quantized, *tail, **options)
             else:
                 CALLS["triton.prefill_attention"] += 1
                 out, lse = prefill_attention(query, quantized, past.tail_keys, past.tail_values, **options)

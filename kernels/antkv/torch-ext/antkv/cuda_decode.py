@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .checks import require
-from .decode_plan import sort_exact
-from .dequantize import check_past
+from .decode_plan import MAX_SPLITS, check_decode, sort_exact
 from .merge_splits import merge_splits
 from .past import ExactTokens, QuantizedPast
 from .tables import KeyTables, ValueTables
@@ -92,9 +91,8 @@ def check_tables(keys: KeyTables, values: ValueTables) -> None:
         )
 
 
-def find_shape(past: QuantizedPast, rows: int, softcap: bool) -> Shape:
+def find_shape(keys: KeyTables, values: ValueTables, rows: int, softcap: bool) -> Shape:
     """The kernel for `rows` query rows a kv head; raises ValueError if there is none."""
-    keys, values = past.key_tables, past.value_tables
     check_tables(keys, values)
     require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; 1 to {MAX_ROWS} have a kernel")
     spread = keys.codes.sub_dim // 8, values.codes.sub_dim // 8
@@ -113,7 +111,7 @@ def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> t
         shares = -(-batch * splits // blocks)
         return shares * (-(-spans // splits) + OVERHEAD_SPANS)
 
-    splits = min(range(1, min(blocks, max(spans, 1)) + 1), key=cost)
+    splits = min(range(1, min(blocks, max(spans, 1), MAX_SPLITS) + 1), key=cost)
     return splits, min(blocks, batch * splits)
 
 
@@ -222,7 +220,11 @@ def load_kernel(shape: Shape, device_index: int) -> Kernel:
     require(wanted <= most, f"{shape} takes {wanted} bytes of shared memory a block; this GPU gives {most}")
     major, minor = device.compute_capability
     options = ProgramOptions(arch=f"sm_{major}{minor}", std="c++17")
-    binary = Program(source(shape), "c++", options).compile("cubin", cache=FileStreamProgramCache(cubin_folder()))
+    program = Program(source(shape), "c++", options)
+    try:
+        binary = program.compile("cubin", cache=FileStreamProgramCache(cubin_folder()))
+    except OSError:  # a home that cannot be written to
+        binary = program.compile("cubin")
     kernel = binary.get_kernel("decode_attention")
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(driver.cuKernelSetAttribute(attribute, wanted, kernel.handle, driver.CUdevice(device_index)))
@@ -238,12 +240,17 @@ def _check(answer: tuple[Any, ...]) -> None:
         raise RuntimeError(f"the CUDA driver answered {answer[0]!r}")
 
 
+def fits_memory(shape: Shape, device: torch.device) -> bool:
+    """Whether a GPU gives a block as much shared memory as the kernel needs."""
+    return shared_bytes(shape) <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 @functools.cache
 def _fits(shape: Shape, device_index: int) -> bool:
     """Whether a kernel can be had for this GPU; warns if it fits but does not compile."""
     if obstacle(torch.device("cuda", device_index)) is not None:
         return False
-    if shared_bytes(shape) > torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin:
+    if not fits_memory(shape, torch.device("cuda", device_index)):
         return False
     try:
         load_kernel(shape, device_index)
@@ -265,7 +272,7 @@ def takes(query: torch.Tensor, past: QuantizedPast, softcap: bool) -> bool:
         return False
     if not _exact_fits(past, query.dtype):
         return False
-    return _fits(find_shape(past, rows, softcap), query.device.index or 0)
+    return _fits(find_shape(past.key_tables, past.value_tables, rows, softcap), query.device.index or 0)
 
 
 def launch(kernel: Kernel, arguments: Arguments, shape: Shape) -> None:
@@ -304,16 +311,12 @@ def decode_attention(
     batch, q_heads, q_len, dim = query.shape
     heads = tail_keys.shape[1]
     rows = q_heads // heads * q_len
-    check_past(past)
+    check_decode(query, past, tail_keys, tail_values, sink_logit, out)
     require(mask is None, "a mask has no CUDA kernel")
-    require(query.dtype in SIXTEEN_BITS and query.stride(3) == 1, f"{query.dtype} queries of strides {query.stride()}")
-    require(tail_keys.dtype in SIXTEEN_BITS, f"tail keys are {tail_keys.dtype}; float16 or bfloat16 is needed")
-    for name, tail in (("keys", tail_keys), ("values", tail_values)):
-        want = (batch, heads, tail_keys.shape[2], dim)
-        require(tuple(tail.shape) == want, f"tail {name} have shape {tuple(tail.shape)}; {want} is needed")
-        require(tail.is_contiguous(), f"tail {name} must be contiguous, not of strides {tail.stride()}")
+    for name, x in (("query", query), ("tail", tail_keys)):
+        require(x.dtype in SIXTEEN_BITS, f"the {name} is {x.dtype}; float16 or bfloat16 is needed")
     require(_exact_fits(past, tail_keys.dtype), f"exact tokens must be int8 or {tail_keys.dtype}, as the tail is")
-    shape = find_shape(past, rows, softcap is not None)
+    shape = find_shape(past.key_tables, past.value_tables, rows, softcap is not None)
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     splits, blocks = plan(shape, past.length, batch, heads, processors)
     options = dict(device=query.device, dtype=torch.float32)
@@ -325,6 +328,7 @@ def decode_attention(
         shape, query, past, tail_keys, tail_values, partial, state, scale=scale, softcap=softcap, is_causal=is_causal,
         hides_padding=past.lengths is not None, splits=splits, blocks=blocks,
     )  # fmt: skip
-    launch(load_kernel(shape, query.device.index or 0), arguments, shape)
-    merge_splits(partial, state, past.value_tables, sink_logit, out, lse)
+    with torch.cuda.device_of(query):
+        launch(load_kernel(shape, query.device.index or 0), arguments, shape)
+        merge_splits(partial, state, past.value_tables, sink_logit, out, lse)
     return out, lse

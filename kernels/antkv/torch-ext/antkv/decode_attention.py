@@ -18,8 +18,16 @@ import triton.language as tl
 
 from . import tables
 from .checks import head_block, mask_arguments, require
-from .decode_plan import MIN_ROWS, dot_dtype, plan_splits, pointers, sort_exact, tile_options, triton_dtype
-from .dequantize import check_past
+from .decode_plan import (
+    MIN_ROWS,
+    check_decode,
+    dot_dtype,
+    plan_splits,
+    pointers,
+    sort_exact,
+    tile_options,
+    triton_dtype,
+)
 from .merge_splits import merge_splits
 from .past import QuantizedPast
 from .softmax import dot, masked_logits, softmax_step
@@ -318,8 +326,7 @@ def decode_attention(
     rows, n_codes, lengths = group * q_len, past.length, past.lengths
     keys, values = past.key_tables, past.value_tables
     require(n_codes > 0 or lengths is not None, "0 coded tokens: without a quantized past any attention kernel will do")
-    check_past(past)
-    require(q_heads % heads == 0, f"{q_heads} query heads do not share {heads} kv heads evenly")
+    check_decode(query, past, tail_keys, tail_values, sink_logit, out)
     require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; decode attention takes 1 to {MAX_ROWS}")
     require(max(dim, value_dim) <= MAX_DIM, f"head sizes {dim} and {value_dim}; up to {MAX_DIM} have a kernel")
     # Larger tiles of float32 ended in an error of an H100 (Triton 3.6, 4 warps).
@@ -327,26 +334,6 @@ def decode_attention(
     require(
         fits, f"{rows} float32 rows of head size {dim}: on a GPU up to {MIN_ROWS} of up to 128; use prefill_attention"
     )
-    require(query.stride(3) == 1, f"query has stride {query.stride(3)} in its last dimension; it must be 1")
-    for name, tail_part, size in (("keys", tail_keys, dim), ("values", tail_values, value_dim)):
-        want = (batch, heads, tail, size)
-        require(tuple(tail_part.shape) == want, f"tail {name} have shape {tuple(tail_part.shape)}; {want} is needed")
-        require(tail_part.is_contiguous(), f"tail {name} must be contiguous, not of strides {tail_part.stride()}")
-    require(tail_keys.dtype == tail_values.dtype, f"tail keys are {tail_keys.dtype}, values {tail_values.dtype}")
-    tables_of = tuple(keys.mean.shape), tuple(values.mean.shape)
-    require(
-        tables_of == ((heads, dim), (heads, value_dim)), f"tables of {tables_of}, query and tail of {heads} x {dim}"
-    )
-    require(keys.centroids.dtype == values.centroids.dtype, "key and value tables have different dtypes")
-    bits = (batch, heads, triton.cdiv(past.capacity, 8))
-    fits = tuple(past.exact_bits.shape) == bits and past.exact_bits.is_contiguous()
-    require(fits, f"exact_bits have shape {tuple(past.exact_bits.shape)}; {bits}, contiguous, is needed")
-    fits = sink_logit is None or (tuple(sink_logit.shape) == (q_heads,) and sink_logit.is_contiguous())
-    require(fits, f"sink_logit must be contiguous and of shape ({q_heads},)")
-    fits = out is None or (out.shape == (batch, q_heads, q_len, value_dim) and out.is_contiguous())
-    require(fits, f"out must be contiguous and of shape {(batch, q_heads, q_len, value_dim)}")
-    fits = lengths is None or (lengths.shape == (3,) and lengths.dtype == torch.int32 and lengths.is_contiguous())
-    require(fits, "lengths must be contiguous, int32 and of shape (3,)")
     anchors, sinks = sort_exact(past.exact)
     n_anchors = 0 if anchors is None else anchors.positions.shape[2]
     n_sinks = 0 if sinks is None else sinks.positions.shape[2]

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .checks import require
-from .past import ExactTokens
+from .dequantize import check_past
+from .past import ExactTokens, QuantizedPast
 
 MIN_SHARE = 256  # coded tokens a program has at least
 # Programs an SM; two run at a time (registers). With few heads whole waves of them, with many heads so many that the
@@ -84,3 +85,35 @@ def dot_dtype(tokens: ExactTokens | None, dtype: tl.dtype) -> tl.dtype:
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+
+
+def check_decode(
+    query: torch.Tensor, past: QuantizedPast, tail_keys: torch.Tensor, tail_values: torch.Tensor,
+    sink_logit: torch.Tensor | None, out: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Raises ValueError unless all that decode attention takes fits together; arguments are those of the launchers."""
+    batch, q_heads, q_len, dim = query.shape
+    heads, tail, value_dim = tail_keys.shape[1], tail_keys.shape[2], tail_values.shape[3]
+    keys, values = past.key_tables, past.value_tables
+    check_past(past)
+    require(q_heads % heads == 0, f"{q_heads} query heads do not share {heads} kv heads evenly")
+    require(query.stride(3) == 1, f"query has stride {query.stride(3)} in its last dimension; it must be 1")
+    for name, part, size in (("keys", tail_keys, dim), ("values", tail_values, value_dim)):
+        want = (batch, heads, tail, size)
+        require(tuple(part.shape) == want, f"tail {name} have shape {tuple(part.shape)}; {want} is needed")
+        require(part.is_contiguous(), f"tail {name} must be contiguous, not of strides {part.stride()}")
+    require(tail_keys.dtype == tail_values.dtype, f"tail keys are {tail_keys.dtype}, values {tail_values.dtype}")
+    tables_of = tuple(keys.mean.shape), tuple(values.mean.shape)
+    fits = tables_of == ((heads, dim), (heads, value_dim))
+    require(fits, f"tables of {tables_of}, query and tail of {heads} x {dim}")
+    require(keys.centroids.dtype == values.centroids.dtype, "key and value tables have different dtypes")
+    bits = (batch, heads, triton.cdiv(past.capacity, 8))
+    fits = tuple(past.exact_bits.shape) == bits and past.exact_bits.is_contiguous()
+    require(fits, f"exact_bits have shape {tuple(past.exact_bits.shape)}; {bits}, contiguous, is needed")
+    fits = sink_logit is None or (tuple(sink_logit.shape) == (q_heads,) and sink_logit.is_contiguous())
+    require(fits, f"sink_logit must be contiguous and of shape ({q_heads},)")
+    fits = out is None or (out.shape == (batch, q_heads, q_len, value_dim) and out.is_contiguous())
+    require(fits, f"out must be contiguous and of shape {(batch, q_heads, q_len, value_dim)}")
+    lengths = past.lengths
+    fits = lengths is None or (lengths.shape == (3,) and lengths.dtype == torch.int32 and lengths.is_contiguous())
+    require(fits, "lengths must be contiguous, int32 and of shape (3,)")

@@ -231,7 +231,8 @@ def cudnn_answers(query: torch.Tensor, kv_len: int, causal_offset: int | None) -
     """Whether PyTorch's cuDNN kernel is the one to ask, where PyTorch has a kernel at all."""
     if torch.version.cuda is None or not torch.backends.cuda.cudnn_sdp_enabled() or not query.is_cuda:
         return False
-    square = causal_offset is None or (causal_offset == 0 and query.shape[2] == kv_len)
+    # It refuses a single key.
+    square = kv_len > 1 and (causal_offset is None or (causal_offset == 0 and query.shape[2] == kv_len))
     fits = query.dtype != torch.float32 and query.shape[3] <= 128 and query.shape[2] >= CUDNN_QUERIES
     return square and fits and torch.cuda.get_device_capability(query.device) >= (9, 0)
 

@@ -81,7 +81,10 @@ DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
       if (a.anchor_kind == 1)
         attend_exact<S, INT8>(a, b, h, first, last, a.anchor_capacity, a.anchor_positions, a.anchor_keys,
                               a.anchor_values, a.anchor_key_scale, a.anchor_value_scale, 0, length, thread, pairs, sums);
-      if (a.anchor_kind == 2)
+      if (a.anchor_kind == 2 && a.is_bfloat)
+        attend_exact<S, BFLOAT>(a, b, h, first, last, a.anchor_capacity, a.anchor_positions, a.anchor_keys,
+                                a.anchor_values, 0, 0, 0, length, thread, pairs, sums);
+      if (a.anchor_kind == 2 && !a.is_bfloat)
         attend_exact<S, HALF>(a, b, h, first, last, a.anchor_capacity, a.anchor_positions, a.anchor_keys,
                               a.anchor_values, 0, 0, 0, length, thread, pairs, sums);
       const int sinks = split == a.splits - 1 ? a.sinks : 0;

@@ -29,6 +29,7 @@ struct Arguments {
   const float* frequency;   // (kv_heads, head_dim / 2)
   const float* pair_scale;  // (kv_heads, head_dim / 2)
   const float* mean;        // (kv_heads, head_dim), latent order
+  // "Anchors" are the larger set of exact tokens, "sinks" the smaller, plain one: see sort_exact in decode_plan.py.
   const int* anchor_positions;  // (batch, kv_heads, anchor_capacity)
   const void* anchor_keys;
   const void* anchor_values;
@@ -41,7 +42,7 @@ struct Arguments {
   const void* tail_values;
   int batch, heads, group, q_len, splits, blocks_per_head;
   int coded, tail, anchors, sinks, capacity, tail_capacity, anchor_capacity, bits_width;
-  int query_is_bfloat, is_bfloat, anchor_kind, hides_padding, causal;  // is_bfloat: sinks, tail; anchor_kind: 0 none, 1 int8, 2 float16
+  int query_is_bfloat, is_bfloat, anchor_kind, hides_padding, causal;  // is_bfloat: tail and plain sets; anchor_kind: 0 none, 1 int8, 2 plain
   float scale_log2;  // of q.k, times log2(e)
   float softcap_log2;  // 0: none
 };
@@ -51,7 +52,7 @@ constexpr int SPANS_AHEAD = 8;  // spans whose queries are turned at a time
 
 DEVICE float load_16(const uint16_t* p, int is_bfloat) { return is_bfloat ? bfloat_to_float(*p) : half_to_float(*p); }
 
-// Sine and cosine of a position's angle to 1e-5: whole turns are taken off first.
+// Sine and cosine of a position's angle: whole turns are taken off first. To 1e-5 up to a million radians.
 DEVICE void sin_cos(float angle, float& sine, float& cosine) {
   float turns = round_to_even(angle * 0.15915494309189535f);
   float rest = fused_multiply_add(turns, -6.28125f, angle);
