@@ -235,7 +235,7 @@ class VectorQuantizationMachine(CacheOperations):
                     continue
                 batch, head, slot = (tokens.positions >= 0).nonzero(as_tuple=True)
                 index = tokens.positions[batch, head, slot].long()
-                for kept, exact in zip(tokens.read(storage.codec, storage.offset), true):
+                for kept, exact in zip(tokens.read(storage.codec, storage.offset, storage.snapshot().key_center), true):
                     error = (kept[batch, head, slot].float() - exact[batch, head, index]).abs()
                     assert error.numel() == 0 or error.max() <= limit  # 4 / 127: half a step, and RoPE's float32
 

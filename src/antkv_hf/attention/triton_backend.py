@@ -46,7 +46,7 @@ class TritonBackend:
         kv_heads = past.tail_keys.shape[1]
         query = query.to(past.tail_keys.dtype)  # autocast may mix them
         quantized = self._quantized_past(past)
-        decode = quantized is not None and _decodes(query, kv_heads)
+        decode = quantized is not None and decodes(query, kv_heads)
         answer = decode_attention if decode else prefill_attention
         CALLS[f"triton.{answer.__name__}"] += 1
         with torch.cuda.device_of(query):  # Triton launches on the current GPU, and a model may be spread over several
@@ -71,7 +71,9 @@ class TritonBackend:
         with torch.cuda.device_of(query):
             return query_moment(query, scale, kv_heads, first_query, kv_len)
 
-    def encode(self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor) -> Encoded:
+    def encode(
+        self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor, scales=None, excluded=None
+    ) -> Encoded:
         CALLS["triton.encode"] += 1
         with torch.cuda.device_of(keys):
             key_codes, key_error = encode_keys(keys, self.key_tables, start, offset)
@@ -91,7 +93,7 @@ class TritonBackend:
         )
 
 
-def _decodes(query: torch.Tensor, kv_heads: int) -> bool:
+def decodes(query: torch.Tensor, kv_heads: int) -> bool:
     """Whether decode attention answers these queries; the prefill path, which can do anything, answers the rest.
 
     It has run on a GPU with up to 32 rows a kv head, and with 8 in float32 or at head sizes above 128.

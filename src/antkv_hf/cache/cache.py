@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..anchors import get_score
 from ..attention.backends import select_backend
 from ..codebook import AnTKVCodebook
-from ..codecs import IdentityCodec, LayerCodec
-from ..config import AnTKVConfig
+from ..codecs import CodecForDevice, IdentityCodec, LayerCodec, scalar_codecs
+from ..config import AnTKVConfig, ScalarSpec
 from . import interface, persistence
 from .footprint import MemoryFootprint
 from .layer import AnTKVLayer, LayerPlan, quantizable_layers
@@ -32,7 +32,8 @@ class AnTKVCache(Cache):
     Args:
         model_config: the model's config.
         config: what to keep; the codebook's own by default. Its codec specs must be the codebook's.
-        codebook: tables of this model (not needed for ``AnTKVConfig.preset("identity")``).
+        codebook: tables of this model; not needed for ``AnTKVConfig.preset("ott-2bit")``, ``"ott-4bit"`` and
+            ``"identity"``.
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
             (default) or ``"reset"`` (start afresh; convenient in pipelines). Compared are the tokens of the previous
             prompt, not those generated after it.
@@ -279,12 +280,16 @@ def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | N
         warnings.warn(
             f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers: only full attention is", stacklevel=3
         )
-    codec_for_device = _identity_codec
-    if not config.is_identity:
+    codec_for_device: CodecForDevice = _identity_codec
+    if isinstance(config.key, ScalarSpec):
+        if codebook is not None:
+            raise ValueError(f"codec {config.key} needs no codebook: leave codebook out, or give a config of its bits")
+        codec_for_device = scalar_codecs(config, model_rotary(model_config))
+    elif not config.is_identity:
         if codebook is None:
             raise ValueError(
                 f"codec {config.key} needs a codebook of this model: load one with AnTKVCache.from_pretrained(...), "
-                "or make one with `antkv calibrate`"
+                'make one with `antkv calibrate`, or do without: AnTKVConfig.preset("ott-2bit")'
             )
         codebook.check(text, config, plain)
         codec_for_device = codebook.codec_factory(config, model_rotary(model_config))

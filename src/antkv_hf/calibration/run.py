@@ -219,11 +219,12 @@ def _learn(
     """Tables by layer, finished ones from the folder, and the mean relative errors of keys and values."""
     assert config.key is not None and config.value is not None
     tables: dict[int, tuple[VQTables, VQTables]] = {}
+    key_spec, value_spec = config.vq_specs()
     errors = []
     for layer in (bar := tqdm(sorted(plan.rotary), desc="tables", unit="layer", disable=not progress)):
         if not folder.has_tables(layer):
             learned = []
-            for spec, name, rotary in ((config.key, "key", plan.rotary[layer]), (config.value, "value", None)):
+            for spec, name, rotary in ((key_spec, "key", plan.rotary[layer]), (value_spec, "value", None)):
                 fields = (name, f"{name}_grad", "exclude")
                 x, gradients, exclude = folder.read(fields, layer, len(plan.windows), device)
                 # Distinct seeds: stages of a table add up to 1,000, layers and roles step over them.
