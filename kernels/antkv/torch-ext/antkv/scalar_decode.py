@@ -113,7 +113,7 @@ def attend_groups(
     for group in range(first, last):
         start = tl.load(p_starts + group)
         stop = tl.load(p_starts + group + 1, mask=group + 1 < n_groups, other=n_codes)
-        p_shared = group.to(tl.int64) * D
+        p_shared = group * D
         scale_x = tl.load(p_scale + p_shared + channel_x, mask=m_pair, other=0.0).to(tl.float32)
         scale_y = tl.load(p_scale + p_shared + channel_y, mask=m_pair, other=0.0).to(tl.float32)
         zero_x = mean_x + tl.load(p_zero + p_shared + channel_x, mask=m_pair, other=0.0).to(tl.float32)
@@ -136,7 +136,7 @@ def attend_groups(
             logits = dot(ky, qy_s.to(DTYPE), logits, DTYPE)
 
             value = scalar_codes(p_value_row + row * V_WIDTH, m_n, dv, dv < DV, V_BITS)  # [BN, BDV]
-            p_half = p_value_half + row[:, None] * (V_WIDTH // 2) + value_group[None, :]
+            p_half = p_value_half + row[:, None] * (V_WIDTH // 2) + DV * V_BITS // 16 + value_group[None, :]
             m_half = m_n[:, None] & (value_group < V_GROUPS)[None, :]
             value_scale = tl.load(p_half, mask=m_half, other=0.0).to(tl.float32)
             value_zero = tl.load(p_half + V_GROUPS, mask=m_half, other=0.0).to(tl.float32)
