@@ -217,6 +217,42 @@ def test_a_huge_key_bias_costs_nothing(dtype):
     assert error_of(plain, int4) < 0.1  # it is the bias
 
 
+MODES = {
+    "greedy": {},
+    "beams": dict(num_beams=4),
+    "return_2": dict(num_beams=3, num_return_sequences=2),
+    "prompt_lookup": dict(prompt_lookup_num_tokens=5),
+    "chunked_prefill": dict(prefill_chunk_size=24),
+    "assisted": {},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_generate_writes_what_the_exact_model_would(llama, mode):
+    """By the exact model's logits each token is the best one or nearly so; beams are nearly as likely as exact ones."""
+    prompt = ids(60)
+    prompt = torch.cat([prompt, prompt[:, 10:50]], 1)
+    options = dict(max_new_tokens=40, min_new_tokens=40, do_sample=False, **MODES[mode])
+    if mode == "assisted":
+        options["assistant_model"] = tiny_llama()
+    cache = AnTKVCache(llama.config, CONFIG)
+    out = llama.generate(prompt, past_key_values=cache, **options)
+    assert cache.layers[0].storage.coded_length >= 96
+
+    def judged(tokens):
+        logits = llama(tokens).logits[:, 99:-1]
+        logits[..., 2] = float("-inf")  # min_new_tokens forbids the end
+        return logits, logits.log_softmax(-1).gather(2, tokens[:, 100:, None]).squeeze(2)
+
+    logits, said = judged(out)
+    if "num_beams" in MODES[mode]:
+        exact = judged(llama.generate(prompt, **options))[1]
+        assert said.mean() > exact.mean() - 0.01
+    else:
+        best = logits.log_softmax(-1).amax(-1)
+        assert (best - said).max() < 0.05 and (best == said).float().mean() > 0.8
+
+
 @pytest.mark.parametrize("family", ("gpt2", "phi", "cohere", "gpt_oss", "qwen3"))
 @pytest.mark.filterwarnings("ignore:AnTKVCache quantizes")
 def test_any_model_without_a_codebook(family):
