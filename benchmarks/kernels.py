@@ -1,6 +1,6 @@
 """Times of the kernels on one layer of Llama-3-8B's shape, side by side with PyTorch's attention. Needs a CUDA GPU.
 
-    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/kernels.py --out FOLDER [--quick] [--bits 1 2 0.5]
+    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/kernels.py --out FOLDER [--parts decode] [--bits 1 2 0.5]
 
 Writes FOLDER/kernels.csv and, where matplotlib is installed, FOLDER/kernels.png; `benchmarks/README.md` explains the
 columns. Decode attention is compared with the reference first; nothing is timed if it differs.
@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from antkv import cuda_decode
 from antkv.anchor_score import column_statistic, query_moment
 from antkv.decode_attention import decode_attention
 from antkv.dequantize import dequantize
@@ -45,20 +46,37 @@ READ_SPEED = 3.06e12  # bytes a second that an H100 was measured to read
 INPUT_BYTES = 150e6  # of a competitor's inputs together: three times the L2 cache
 ROUNDS = dict(rounds=5, round_ms=5.0)
 BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+DECODERS = {"Triton": decode_attention, "CUDA": cuda_decode.decode_attention}
 Calls = Sequence[Callable[[], object]]
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
-def check_decode(codec: LayerCodec, batch: int, n: int) -> float:
-    """Difference of `decode_attention` from the reference over the same past, relative to the largest output value."""
+def decoders(codec: LayerCodec) -> dict[str, Callable]:
+    """Those of DECODERS that have a kernel for these codes on this GPU."""
+    found = dict(DECODERS)
+    try:
+        cuda_decode.check_tables(*layer_tables(codec, DTYPE))
+        obstacle = cuda_decode.obstacle(codec.key.mean.device)
+    except ValueError as error:
+        obstacle = str(error)
+    if obstacle is not None:
+        print(f"no CUDA kernel: {obstacle}")
+        del found["CUDA"]
+    return found
+
+
+def check_decode(codec: LayerCodec, batch: int, n: int) -> dict[str, float]:
+    """Difference of each decoder from the reference over the same past, relative to the largest output value."""
     past = random_past(codec, batch, n)
     query, tail = _query(batch, past.offset.device), _tail(batch, past.offset.device)
     exact = tuple(ExactTokens(*tokens) for tokens in past.exact)
     snapshot = Snapshot(codec, past.key_codes, past.value_codes, exact, *tail, past.offset, past.exact_bits)
     expected, _ = attention(snapshot, query, Visibility(None, False, 1, snapshot.length), SCALE)
-    out, _ = decode_attention(query, past, *tail, scale=SCALE)
-    expected = expected.flatten(1, 2)
-    return ((out.float() - expected).abs().max() / expected.abs().max()).item()
+    expected, errors = expected.flatten(1, 2), {}
+    for name, decode in decoders(codec).items():
+        out, _ = decode(query, past, *tail, scale=SCALE)
+        errors[name] = ((out.float() - expected).abs().max() / expected.abs().max()).item()
+    return errors
 
 
 def decode_bytes(past: QuantizedPast, query: torch.Tensor, tail: Sequence[torch.Tensor]) -> int:
@@ -85,9 +103,10 @@ def decode_rows(codecs: dict[float, LayerCodec], batch: int, n: int) -> list[dic
         inputs = [_with_own_tables(random_past(codec, batch, n))]
         sizes[bits] = decode_bytes(inputs[0], query, _tail(batch, device))
         inputs += [_with_own_tables(random_past(codec, batch, n)) for _ in range(_copies(sizes[bits]) - 1)]
-        competitors["decode_attention", bits] = [
-            partial(decode_attention, query, past, *_tail(batch, device), scale=SCALE) for past in inputs
-        ]
+        for name, decode in decoders(codec).items():
+            competitors[f"decode_attention {name}", bits] = [
+                partial(decode, query, past, *_tail(batch, device), scale=SCALE) for past in inputs
+            ]
     dense = [_dense(batch, n + WINDOW, device) for _ in range(_copies(dense_bytes))]
     for name, backend in BACKENDS.items():
         calls = [partial(_sdpa, backend, query, *pair) for pair in dense]
@@ -205,7 +224,7 @@ def plot(rows: list[dict], path: Path) -> None:
         for row in rows:
             if row[column] is None or row["kernel"] in (*BACKENDS, "flash attention"):
                 continue
-            what = f"batch {row['batch']}" if column == "speedup_over_sdpa" else row["kernel"]
+            what = f"{row['kernel']}, batch {row['batch']}" if column == "speedup_over_sdpa" else row["kernel"]
             bits = f", {row['bits']:g} bit" if row["bits"] != 16 else ""
             lines.setdefault(what + bits, []).append((row["n"], row[column]))
         for label, points in lines.items():
@@ -223,30 +242,32 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of kernels.csv and kernels.png")
+    parser.add_argument("--parts", default="decode,prefill", help="decode, prefill or both")
     parser.add_argument("--quick", action="store_true", help="two decode shapes and one prompt only")
     parser.add_argument("--bits", type=float, nargs="+", default=[1.0], help="presets of VQSpec.for_bits")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("the kernels are timed with CUDA graphs: this needs a CUDA GPU")
-    run(arguments.out, arguments.bits, "cuda", arguments.quick)
+    run(arguments.out, arguments.bits, "cuda", arguments.quick, arguments.parts.split(","))
 
 
 @torch.no_grad()
-def run(out: Path, bits: list[float], device: str, quick: bool) -> None:
+def run(out: Path, bits: list[float], device: str, quick: bool, parts: Sequence[str] = ("decode", "prefill")) -> None:
     torch.manual_seed(0)
     codecs = {b: random_codec(str(VQSpec.for_bits(b)), device=device) for b in bits}
     for b, codec in codecs.items():
         for batch, n in CHECKED:
-            error = check_decode(codec, batch, n)
-            print(f"decode_attention {b:g} bit, batch {batch} x {n}: off by {error:.1e} of the largest output value")
-            if not error <= TOLERANCE:
-                sys.exit(f"decode attention is wrong (more than {TOLERANCE:g}): nothing was timed")
+            for name, error in check_decode(codec, batch, n).items():
+                print(f"{name}, {b:g} bit, batch {batch} x {n}: off by {error:.1e} of the largest output value")
+                if not error <= TOLERANCE:
+                    sys.exit(f"decode attention is wrong (more than {TOLERANCE:g}): nothing was timed")
     rows: list[dict] = []
-    for batch, n in QUICK_DECODE if quick else DECODE:
+    for batch, n in (QUICK_DECODE if quick else DECODE) if "decode" in parts else ():
         rows += decode_rows(codecs, batch, n)
+        print_table(rows[-len(codecs) * len(DECODERS) - len(BACKENDS) :])
         if device == "cuda":
             torch.cuda.empty_cache()
-    for n in QUICK_PREFILL if quick else PREFILL:
+    for n in (QUICK_PREFILL if quick else PREFILL) if "prefill" in parts else ():
         rows += prefill_rows(codecs, n)
     print_table(rows)
     write_csv(out / "kernels.csv", rows, device)

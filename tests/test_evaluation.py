@@ -357,7 +357,7 @@ def test_rows_in_a_codebook_and_its_card(book, tmp_path):
     assert [row["perplexity"] for row in measured.evaluation] == [17.0, 18.1235]
     save_codebook(measured, tmp_path)
     assert AnTKVCodebook.from_pretrained(tmp_path).evaluation == measured.evaluation
-    assert "18.1235" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| 18.123 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 # -------------------------------------------------------------------- the real model

@@ -55,7 +55,9 @@ Model = Annotated[
 Codebook = Annotated[
     str,
     typer.Argument(
-        metavar="CODEBOOK", help="Folder or Hub id of a codebook of that model; ott-2bit and ott-4bit need none."
+        metavar="CODEBOOK",
+        help="Codebook of that model: folder, Hub id, or a shipped one: smollm2-135m-instruct-1bit. ott-2bit and "
+        "ott-4bit need none.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes the GPU if there is one.")]
@@ -66,7 +68,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
-        help="Change a field of the config, e.g. window=64 or anchor_fraction=0.01.",
+        help="Change a setting for this run, e.g. window=64 or anchor_fraction=0.01; repeat for several.",
     ),
 ]
 
@@ -117,7 +119,10 @@ def generate(
     dtype: DType = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write text with a quantized cache, and say what the cache took."""
+    """Write text with a quantized cache (stdout), and say what the cache took (stderr).
+
+    Example: antkv generate smollm2 smollm2-135m-instruct-2bit --prompt "What does a lighthouse keeper do?"
+    """
     _quiet()
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give either --prompt TEXT or --prompt-file FILE")
@@ -168,7 +173,9 @@ def calibrate(
     value_bits: Annotated[str | None, typer.Option(help="Other bits (or a spec) for values.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of text to learn from.")] = 262144,
     window: Annotated[int, typer.Option(help="Tokens that the model sees at a time.")] = 2048,
-    samples: Annotated[int, typer.Option(help="Tokens kept to fit the tables to.")] = 131072,
+    samples: Annotated[
+        int, typer.Option(help="Tokens, of those, whose keys and values the tables are fitted to.")
+    ] = 131072,
     seed: Annotated[int, typer.Option(help="Decides which text and tokens are taken.")] = 0,
     work_dir: Annotated[
         Path | None, typer.Option(help="Keeps statistics: a stopped run goes on, other bits reuse them.")
@@ -182,11 +189,15 @@ def calibrate(
     """Learn the codebook of a model from text. Mix the kinds of text that you will use it for.
 
     Example: antkv calibrate smollm2 wiki.txt=0.5 code/=0.5 --bits 1 -o codebooks/smollm2-1bit
+
+    Several GPUs share the work, each with the whole model; the tables are those of one:
+    torchrun --nproc-per-node 4 -m antkv_hf.cli calibrate ... (or accelerate launch -m antkv_hf.cli calibrate ...)
     """
     _quiet()
     import tempfile
 
     from .calibration import calibrate as learn
+    from .calibration.processes import Processes, device_of, on_cpu
     from .config import AnTKVConfig
     from .demo_model import REPO, WORD
     from .evaluation import save_codebook
@@ -195,8 +206,8 @@ def calibrate(
     wanted = bits or ["1"]
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings) for b in wanted]
     mix = TextMix.from_sources(texts)
-    loaded, tokenizer = _load_model(model, device, dtype)
-    with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(on_cpu(device)) as processes:
+        loaded, tokenizer = _load_model(model, device_of(device, processes.local_rank), dtype)
         for b, config in zip(wanted, configs, strict=True):
             folder = output if len(wanted) == 1 else output / f"{b.removesuffix('bit')}bit"
             codebook = learn(
@@ -204,6 +215,8 @@ def calibrate(
                 work_dir=work_dir or scratch, base_model=base_model or (REPO if model == WORD else None),
                 license=license,
             )  # fmt: skip
+            if processes.rank:
+                continue
             save_codebook(codebook, folder)
             typer.echo(f"wrote {folder} ({codebook.tables_bytes() / 1e6:.1f} MB of tables)")
             _say(f"next: antkv evaluate {model} {folder} --text FILE --save")
@@ -214,7 +227,10 @@ def evaluate(
     model: Model,
     codebook: Annotated[
         str | None,
-        typer.Argument(metavar="[CODEBOOK]", help="Folder or Hub id of a codebook, or ott-2bit; without it: FP."),
+        typer.Argument(
+            metavar="[CODEBOOK]",
+            help="As for generate; without it only the plain model and --baseline are measured.",
+        ),
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text file, folder or data set; repeat for several.")] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 12,
@@ -237,8 +253,10 @@ def evaluate(
 ) -> None:
     """Measure perplexity and real bits per element, under stated protocols.
 
-    FP: plain forward. W0: every key and value through the codec. S128: streaming, the last 128 keys exact.
-    cache: the real cache, filled and read back 128 tokens at a time.
+    FP: the plain model. W0: every key and value through the codec, as papers report. S128: what a user gets, the last
+    128 keys of each token exact. cache: the real cache, filled and read back 128 tokens at a time.
+
+    Example: antkv evaluate smollm2 smollm2-135m-instruct-1bit --text my.txt --protocol FP --protocol S128
     """
     _quiet()
     if not text:
@@ -271,14 +289,22 @@ def evaluate(
 def inspect(
     codebook: Annotated[
         str | None,
-        typer.Argument(metavar="[CODEBOOK]", help="Folder or Hub id of a codebook, or a file of AnTKVCache.save."),
+        typer.Argument(
+            metavar="[CODEBOOK]", help="Codebook (folder, Hub id, shipped name), or a file of AnTKVCache.save."
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Folder or Hub id of a model: does it fit, or what could it have?")
     ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repo of a codebook.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a codebook or a saved cache is, whether a codebook fits a model, or what a model could have."""
+    """Say what a codebook or a saved cache is, whether a codebook fits a model, or what a model could have.
+
+    Of a codebook: model, commit, bits, the tables of each layer, calibration, measured rows, hash.
+
+    Examples: antkv inspect smollm2-135m-instruct-1bit; antkv inspect --model MODEL; antkv inspect CACHE_FILE
+    """
     _quiet()
     from .evaluation.inspection import format_cache, format_inspection, inspect_cache, inspect_codebook, inspect_model
 
@@ -288,7 +314,10 @@ def inspect(
         held = inspect_cache(codebook)
         typer.echo(json.dumps(held, indent=2) if as_json else format_cache(held))
         return
-    found = inspect_model(model) if codebook is None else inspect_codebook(_codebook_place(codebook), model)  # type: ignore[arg-type]
+    if codebook is not None:
+        found = inspect_codebook(_codebook_place(codebook), model, revision)
+    else:
+        found = inspect_model(str(model))
     typer.echo(json.dumps(found, indent=2) if as_json else format_inspection(found))
 
 
@@ -405,3 +434,7 @@ def main() -> None:
     # Before torch is loaded: on a busy machine, threads that spin while they wait cost far more than they gain.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
+
+
+if __name__ == "__main__":  # for launchers: torchrun -m antkv_hf.cli
+    main()

@@ -13,21 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import HfApi, ModelCard, ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .codebook_card import card_content
+from .codebook_card import card_content, is_repo_id
 from .codecs import LayerCodec, VectorQuantizer, VQTables
 from .config import AnTKVConfig
 from .hashing import json_sha256, tensors_sha256
+from .hub_files import download
 from .rotary import Rotary
+from .tensor_parallel import head_shard
 
 FORMAT_VERSION = 1
 # fields of a config that say where a model came from, not what it is
@@ -102,27 +98,37 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                 f"add the layer to skip_layers or calibrate it"
             )
 
-    def codec_factory(self, config: AnTKVConfig, rotary: list[Rotary | None]):
-        """A function that gives a layer's codec on a device; tables are placed once and shared by all caches."""
+    def codec_factory(self, config: AnTKVConfig, rotary: list[Rotary | None], device_mesh: Any = None):
+        """A function that gives a layer's codec on a device; tables are placed once and shared by all caches.
+
+        A layer that gets a share of its kv heads (tensor parallelism, see `tensor_parallel`) gets their tables.
+        """
 
         key_spec, value_spec = config.vq_specs()
 
         def codec(layer: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
             key, value = self.tables[layer]
             sizes = (*key.mean.shape, value.mean.shape[1])
-            if sizes != (kv_heads, key_dim, value_dim):
+            try:
+                if sizes[1:] != (key_dim, value_dim):
+                    raise ValueError("sizes differ: load the codebook of this model")
+                shard = head_shard(kv_heads, sizes[0], device_mesh)
+            except ValueError as error:
                 raise ValueError(
                     f"layer {layer}: the model gave {kv_heads} kv heads of size {key_dim} (values {value_dim}), the "
-                    f"codebook of {self.model['base_model']} has {sizes[0]} of size {sizes[1]} (values {sizes[2]})"
-                )
+                    f"codebook of {self.model['base_model']} has {sizes[0]} of size {sizes[1]} (values {sizes[2]}): "
+                    f"{error}"
+                ) from error
             turn = rotary[layer] if config.rope == "pre" else None
             form = None if turn is None else (device, tuple(turn.inv_freq.tolist()), turn.interleaved, turn.scaling)
-            place = (layer, device, form)
+            place = (layer, device, form, shard)
             if place in self._codecs:
                 return self._codecs[place]
             # setdefault: of two threads that start at once, both get the tables that the first has placed
             if turn is not None:  # one object, so one angle table, for all layers
                 turn = self._rotaries.setdefault(form, turn.to(device))
+            if shard is not None:
+                key, value = key.map(shard.part), value.map(shard.part)
             made = LayerCodec(VectorQuantizer(key_spec, key, device), VectorQuantizer(value_spec, value, device), turn)
             return self._codecs.setdefault(place, made)
 
@@ -173,8 +179,50 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         data["sha256"] = json_sha256(data)
         (save_directory / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        return ModelCard(card_content(self))
+    def generate_model_card(self, *args: Any, repo_id: str | None = None, **kwargs: Any) -> ModelCard:
+        return ModelCard(card_content(self, repo_id))
+
+    def push_to_hub(  # type: ignore[override]  # what a card needs is asked for here
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        license: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Uploads config, tables and a fresh card as one commit; makes the repo if there is none.
+
+        Args:
+            base_model: Hub id of the model, if the codebook was calibrated on a folder. license: of these tables, if
+                calibration was not told; both are only what the pushed repo says.
+            private, token, branch, options: see `huggingface_hub.ModelHubMixin.push_to_hub`.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ValueError: the base model is no Hub id.
+            huggingface_hub.errors.HfHubHTTPError: not logged in, no right to write there, no such branch.
+        """
+        base_model = base_model or self.model["base_model"]
+        if not is_repo_id(base_model):
+            raise ValueError(
+                f"the base model {base_model!r} of this codebook is no Hub id, so nobody could load the model: "
+                'push_to_hub(..., base_model="owner/name")'
+            )
+        calibration = self.calibration if license is None else {**self.calibration, "license": license}
+        model = {**self.model, "base_model": base_model}
+        book = AnTKVCodebook(self.config, self.tables, model, calibration, self.evaluation)
+        if "/" not in repo_id:  # the card names the repo in full
+            repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+        options.setdefault(
+            "commit_message", f"Codebook of {base_model}: keys {self.config.key}, values {self.config.value}"
+        )
+        options.setdefault("model_card_kwargs", {"repo_id": repo_id})
+        return ModelHubMixin.push_to_hub(book, repo_id, private=private, token=token, branch=branch, **options)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # tables are no keyword arguments
@@ -189,8 +237,13 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
     ) -> AnTKVCodebook:
         """Loads a codebook from a local folder, a Hub repo (offline from the Hub's cache) or by its shipped name.
 
+        Args:
+            revision: branch, tag or commit of the repo. ``source["revision"]`` is the commit that was found.
+            token, cache_dir, local_files_only, force_download: see `huggingface_hub.hf_hub_download`.
+
         Raises:
-            FileNotFoundError: no such folder or repo, or a file of it is missing.
+            FileNotFoundError: no such folder, repo or revision, or a file of it is missing.
+            PermissionError: the repo is gated.
             ValueError: see `from_files`.
         """
         model_id = str(name_or_path)
@@ -203,21 +256,16 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                 if not path.is_file():
                     raise FileNotFoundError(f"{folder} is no codebook folder: {path.name} is missing")
         else:
-            hub: dict[str, Any] = dict(
-                revision=revision, cache_dir=cache_dir, force_download=force_download,
-                local_files_only=local_files_only, token=token,
-            )  # fmt: skip
             try:
-                paths = [Path(hf_hub_download(model_id, name, **hub)) for name in (CONFIG_FILE, TABLES_FILE)]
-            except HFValidationError as error:
-                raise FileNotFoundError(f"{model_id!r} is neither a folder nor a Hub repo id (owner/name)") from error
-            except (LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+                paths, revision = download(
+                    model_id, (CONFIG_FILE, TABLES_FILE), revision=revision, cache_dir=cache_dir, token=token,
+                    force_download=force_download, local_files_only=local_files_only,
+                )  # fmt: skip
+            except FileNotFoundError as error:
+                shipped = ", ".join(shipped_codebooks()) or "none"
                 raise FileNotFoundError(
-                    f"no folder {folder.absolute()}, and no Hub repo {model_id} within reach; codebooks that ship with "
-                    f"the package: {', '.join(shipped_codebooks()) or 'none'}"
+                    f"{error} (there is no folder {folder.absolute()}; codebooks that ship with the package: {shipped})"
                 ) from error
-            except EntryNotFoundError as error:
-                raise FileNotFoundError(f"Hub repo {model_id} is no codebook: {error}") from error
         codebook = cls.from_files(*paths)
         if folder.is_dir():  # one that ships with the package is found again by its name, on any machine
             names = {path: name for name, path in shipped_codebooks().items()}

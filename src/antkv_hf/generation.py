@@ -1,4 +1,4 @@
-"""`antkv_generate`: a `custom_generate` hook that gives every call its own fresh cache."""
+"""`antkv_generate`: a `custom_generate` hook that gives every call a cache of its own and decodes with CUDA graphs."""
 
 from __future__ import annotations
 
@@ -6,35 +6,100 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from . import graphs
 from .cache.cache import AnTKVCache
+from .cache.prompt_guard import locals_above
 from .codebook import AnTKVCodebook
 from .config import AnTKVConfig
+from .static_storage import size_obstacle
+
+_STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # one token a sequence and step, nothing reordered
 
 
-def antkv_generate(codebook: str | Path | AnTKVCodebook | None = None, config: AnTKVConfig | None = None):
+def antkv_generate(
+    codebook: str | Path | AnTKVCodebook | None = None,
+    config: AnTKVConfig | None = None,
+    *,
+    max_length: int | None = None,
+    cuda_graphs: bool | None = None,
+):
     """A function for ``model.generate(..., custom_generate=antkv_generate(repo))`` and for pipelines.
 
     Each call starts with an empty `AnTKVCache`, so one pipeline can serve any prompts in any order; then the usual
-    decoding runs (greedy, sampling, beams, prompt lookup).
+    decoding runs (greedy, sampling, beams, prompt lookup, assisted), with a streamer if there is one. A filled
+    `AnTKVCache` given as `past_key_values` is used as it is. ``antkv_generate(repo)(model, input_ids, ...)`` is the
+    same as ``model.generate(input_ids, ...)`` with it.
+
+    On a GPU, greedy decoding and sampling replay a captured step (see `graphs`): memory for the cache is then set aside
+    at once. The tokens are the same.
 
     Args:
         codebook: Hub repo, folder or loaded codebook; read once.
         config: replaces the codebook's defaults.
+        max_length: tokens, prompt included, that a cache is made for (`AnTKVCache`). By default as many as the call
+            can give where steps are replayed, and a cache that grows elsewhere.
+        cuda_graphs: None: where they can be used; True: raise where they cannot; False: never.
+
+    Raises:
+        RuntimeError: ``cuda_graphs=True`` and steps cannot be replayed; the message says why.
     """
     if isinstance(codebook, (str, Path)):
         codebook = AnTKVCodebook.from_pretrained(codebook)
 
-    def generate(model, input_ids: torch.Tensor, *, generation_config, **model_kwargs: Any):
-        # generate() has made a cache of its own by now: an empty one, replaced here.
-        model_kwargs["past_key_values"] = AnTKVCache(model.config, config, codebook)
+    def generate(model, input_ids: torch.Tensor | None = None, *, generation_config=None, **model_kwargs: Any):
+        if "stopping_criteria" not in model_kwargs or "logits_processor" not in model_kwargs:  # called by itself
+            return model.generate(
+                input_ids, generation_config=generation_config, custom_generate=generate, **model_kwargs
+            )
+        model_kwargs |= _left_out(generation_config, model_kwargs)
         mode = generation_config.get_generation_mode(model_kwargs.get("assistant_model"))
         decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
         if decode is None:
             raise ValueError(
                 f"decoding mode {mode} is not part of this transformers; use greedy, sampling, beams or assisted"
             )
+        if mode not in _STEPWISE:
+            unusable: str | None = f"{mode.value} is not greedy decoding or sampling"
+        else:
+            unusable = "switched off" if cuda_graphs is False else _no_gpu(model)
+        # generate() has made a cache of its own by now unless the user gave one: an empty one, replaced here.
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, AnTKVCache):
+            kept = config or getattr(codebook, "config", None)
+            if unusable is None and kept is not None:
+                unusable = size_obstacle(kept)
+            limit = generation_config.max_length if max_length is None and unusable is None else max_length
+            limit = limit if mode in _STEPWISE else None
+            mesh = getattr(model, "_device_mesh", None)
+            cache = AnTKVCache(model.config, config, codebook, max_length=limit, device_mesh=mesh)
+            model_kwargs["past_key_values"] = cache
+        if unusable is None:
+            unusable = graphs.obstacle(model, cache, model_kwargs.get("attention_mask"))
+        if unusable is None:
+            model = graphs.graphed(model, cache, strict=bool(cuda_graphs))
+        elif cuda_graphs:
+            raise RuntimeError(f"cuda_graphs=True, but decode steps cannot be replayed: {unusable}")
         return decode(model, input_ids, generation_config=generation_config, **model_kwargs)
 
     return generate
+
+
+def _no_gpu(model) -> str | None:
+    return None if model.device.type == "cuda" else f"the model is on {model.device}, not on a GPU"
+
+
+def _left_out(generation_config, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the calling `generate` that it gives its own decoding loops, but not to a `custom_generate`."""
+    found = {}
+    for name in ("streamer", "synced_gpus", "assistant_model", "inputs_tensor"):
+        value = model_kwargs.get(name) or next(locals_above("generate", name, 3), None)
+        if value is not None:
+            found[name] = value
+    if "assistant_model" not in found:
+        found.pop("inputs_tensor", None)
+    if "streamer" in found and generation_config.num_beams not in (None, 1):
+        raise ValueError(f"a streamer cannot follow num_beams={generation_config.num_beams} beams: leave one out")
+    return found

@@ -6,9 +6,10 @@ are exactly as large as what they hold. Codes are tiny, so concatenating them ev
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +19,9 @@ from .attention.reference_backend import REFERENCE
 from .codecs import ChannelQuantizer, LayerCodec, ScalarScales
 from .config import AnTKVConfig
 from .exact_tokens import ExactTokens, sink_dtype, take
+
+if TYPE_CHECKING:
+    from .static_storage import StaticBuffers
 
 ENCODE_BLOCK = 4096  # tokens encoded at a time: bounds the workspace of a long prefill
 
@@ -33,6 +37,7 @@ class Snapshot:
         scales: what scalar codes need beside themselves; None for other codecs.
         tail_keys, tail_values: ``(batch, kv_heads, tail, dim)`` after RoPE, model dtype.
         offset: int64 ``(batch,)``: a token's RoPE position is its index minus this (left padding).
+        static: the whole buffers of a `StaticStorage`, of which codes, exact tokens and tail are views; else None.
     """
 
     codec: LayerCodec
@@ -44,6 +49,7 @@ class Snapshot:
     offset: torch.Tensor
     exact_bits: torch.Tensor | None = None
     scales: ScalarScales | None = None
+    static: StaticBuffers | None = None
 
     @property
     def coded_length(self) -> int:
@@ -61,6 +67,10 @@ class Snapshot:
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """RoPE positions ``(batch, stop - start)`` of the tokens at indices ``start..stop-1``."""
         return torch.arange(start, stop, device=self.offset.device) - self.offset.unsqueeze(1)
+
+    def unpadded(self) -> torch.Tensor:
+        """bool ``(batch, 1, 1, length)``: True from each sequence's first real token on."""
+        return (self.positions(0, self.length) >= 0)[:, None, None]
 
     def decode_keys(self, start: int, stop: int) -> torch.Tensor:
         """Keys after RoPE that the codes of tokens ``start..stop-1`` stand for."""
@@ -144,6 +154,9 @@ class LayerStorage:
         self.offset = torch.zeros(batch, dtype=torch.int64, device=keys.device)
         self.max_offset = 0  # of the batch, on the host: most prompts have no padding, and asking the device waits
 
+    def __deepcopy__(self, memo: dict) -> LayerStorage:
+        return copy.copy(self)  # buffers are never changed in place, so copies may share them
+
     @property
     def coded_length(self) -> int:
         return 0 if self.key_codes is None else self.key_codes.shape[2]
@@ -158,6 +171,15 @@ class LayerStorage:
             self.codec, self.key_codes, self.value_codes, exact, self.tail_keys, self.tail_values, self.offset,
             self.exact_bits, self.scales,
         )  # fmt: skip
+
+    @property
+    def commits_at_once(self) -> bool:
+        """Whether tokens are encoded right after the attention that scored them, or at the start of the next step."""
+        return True
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Exchanges `offset`, `query_moment` or `statistic` for a tensor of the same shape."""
+        setattr(self, name, tensor)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Adds new tokens ``(batch, kv_heads, n, dim)`` to the tail."""
@@ -182,30 +204,35 @@ class LayerStorage:
         self.tail_keys, self.tail_values = self.tail_keys[:, :, ready:].clone(), self.tail_values[:, :, ready:].clone()
         self.statistic = self.statistic[:, :, ready:].clone()
 
-    def _encode(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode(
+        self, start: int, stop: int, first: int | torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of the tail's tokens ``start..stop-1``; `first`: index of the first tail token, if given."""
+        first = self.coded_length if first is None else first
         keys, values = self.tail_keys[:, :, start:stop], self.tail_values[:, :, start:stop]
-        indices = self.coded_length + torch.arange(start, stop, device=keys.device)
+        indices = first + torch.arange(start, stop, device=keys.device)
+        # An index that only the device knows goes into the offset: what counts is their difference.
+        origin, offset = (first + start, self.offset) if isinstance(first, int) else (0, self.offset - indices[0])
         positions = indices - self.offset.unsqueeze(1)
         # Padding is never attended to and sinks are exact already: neither may take an anchor's place, or widen the
         # range of a group of keys.
         taken = (positions < self.config.anchors.sinks).unsqueeze(1)
         self._learn_scales(start, keys, values, positions)
-        coded = self._code(start, keys, values, taken)
+        coded = self._code(keys, values, origin, offset, taken)
         self._keep_sinks(start, indices, keys, values)
         if self.score is not None:
-            chosen = self._keep_anchors(start, positions, keys, values, taken, coded)
+            chosen = self._choose_anchors(start, indices, keys, values, taken, coded)
             if self.scales is not None:  # anchors, now known, do not widen ranges either
-                coded = self._code(start, keys, values, taken | chosen)
+                coded = self._code(keys, values, origin, offset, taken | chosen)
         if self.scales is not None and coded.scales is not None:
             self.scales = self.scales.append(coded.scales, self.coded_length + start)
         return coded.key_codes, coded.value_codes
 
-    def _code(self, start: int, keys, values, excluded: torch.Tensor) -> Encoded:
-        first = self.coded_length + start
+    def _code(self, keys, values, first: int, offset: torch.Tensor, excluded: torch.Tensor) -> Encoded:
         if self.scales is None:
-            return self.backend.encode(self.codec, keys, values, first, self.offset)
+            return self.backend.encode(self.codec, keys, values, first, offset)
         excluded = excluded.expand(keys.shape[:3])
-        return self.backend.encode(self.codec, keys, values, first, self.offset, self.scales, excluded)
+        return self.backend.encode(self.codec, keys, values, first, offset, self.scales, excluded)
 
     def _learn_scales(self, start: int, keys, values, positions: torch.Tensor) -> None:
         """Takes each sequence's means and deviations from the first chunk that holds any but padding and sinks."""
@@ -218,7 +245,7 @@ class LayerStorage:
         plain = self.codec.plain_keys(keys, positions).float()
         self.scales = self.scales.learn(plain, values, counted, known=first > self.offset + sinks)
 
-    def _keep_anchors(self, start: int, positions, keys, values, taken: torch.Tensor, coded: Encoded) -> torch.Tensor:
+    def _choose_anchors(self, start: int, indices, keys, values, taken: torch.Tensor, coded: Encoded) -> torch.Tensor:
         """Stores the best tokens of each chunk that find a place; returns which, bool ``(batch, kv_heads, n)``."""
         anchors, score, n = self.config.anchors, self.score, keys.shape[2]
         assert score is not None
@@ -234,7 +261,7 @@ class LayerStorage:
             key_error=coded.key_error * scale**2,
             value_error=coded.value_error,
             logit_variance=moment / count.clamp_min(1),
-            positions=positions,
+            positions=indices - self.offset.unsqueeze(1),
         )
         scores = score.score(context).masked_fill(taken, float("-inf"))
         best = select_anchors(scores, anchors.fraction, self.config.chunk)
@@ -246,17 +273,23 @@ class LayerStorage:
         empty = best_scores == float("-inf")
         dtype = torch.int8 if anchors.dtype == "int8" else torch.float16
         new = ExactTokens.store(
-            (best + self.coded_length + start).masked_fill(empty, -1), take(keys, best), take(values, best), dtype,
-            self.codec, self.offset, self.codec.key_center(self.scales),
+            (best + indices[0]).masked_fill(empty, -1), take(keys, best), take(values, best), dtype, self.codec,
+            self.offset, self.codec.key_center(self.scales),
         )  # fmt: skip
-        self.anchors = new if self.anchors is None else self.anchors.append(new)
-        if anchors.max_tokens:
-            self.anchor_scores = torch.cat([held, best_scores], 2)
-            if self.anchor_scores.shape[2] > anchors.max_tokens:  # the worst are demoted to their codes
-                left = best_tokens(self.anchor_scores, anchors.max_tokens)
-                self.anchors, self.anchor_scores = self.anchors.select(left), take(self.anchor_scores, left)
+        self._keep_anchors(new, best_scores)
         chosen = torch.zeros(*scores.shape[:2], n + 1, dtype=torch.bool, device=keys.device)
         return chosen.scatter_(2, best.masked_fill(empty, n), True)[:, :, :-1]
+
+    def _keep_anchors(self, new: ExactTokens, scores: torch.Tensor) -> None:
+        """Adds anchors with their scores ``(batch, kv_heads, m)``; beyond the budget the worst of all are let go."""
+        self.anchors = new if self.anchors is None else self.anchors.append(new)
+        budget = self.config.anchors.max_tokens
+        if not budget:
+            return
+        self.anchor_scores = scores if self.anchor_scores is None else torch.cat([self.anchor_scores, scores], 2)
+        if self.anchor_scores.shape[2] > budget:  # the worst are demoted to their codes
+            left = best_tokens(self.anchor_scores, budget)
+            self.anchors, self.anchor_scores = self.anchors.select(left), take(self.anchor_scores, left)
 
     def _keep_sinks(self, start: int, indices: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         count, first = self.config.anchors.sinks, self.coded_length + start

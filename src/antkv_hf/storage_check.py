@@ -72,7 +72,7 @@ def _forms(tensors: dict[str, torch.Tensor], storage: LayerStorage, coded: int) 
     if "key_codes" not in tensors:
         return forms
     for name, codec, like in (("key_codes", storage.codec.key, keys), ("value_codes", storage.codec.value, values)):
-        width, dtype = _code_form(codec, like)
+        width, dtype = code_form(codec, like)
         forms[name] = ((batch, heads, coded, width), dtype)
     if storage.scales is not None:
         starts = tensors.get("scales.starts", tensors["offset"])
@@ -113,7 +113,7 @@ def _check_groups(starts: torch.Tensor, coded: int, storage: LayerStorage) -> No
             )
 
 
-def _code_form(codec: Codec | ChannelQuantizer | TokenQuantizer, like: torch.Tensor) -> tuple[int, torch.dtype]:
+def code_form(codec: Codec | ChannelQuantizer | TokenQuantizer, like: torch.Tensor) -> tuple[int, torch.dtype]:
     """Width and dtype of one vector's codes: asked of the codec itself, with a zero."""
     if isinstance(codec, ChannelQuantizer):
         return codec.spec.code_bytes(codec.head_dim), torch.uint8

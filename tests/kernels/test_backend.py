@@ -84,7 +84,7 @@ def test_codecs_without_a_kernel(monkeypatch):
     with pytest.raises(ValueError, match="dense basis"):
         make_backend("triton", dense, torch.device("cpu"), torch.float32)
     monkeypatch.setenv("ANTKV_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="'cuda' is not available on cpu in this version"):
+    with pytest.raises(ValueError, match="'cuda' is not available on cpu: CUDA C\\+\\+ kernels need an NVIDIA GPU"):
         make_backend("auto", codec, torch.device("cpu"), torch.float32)
     monkeypatch.setenv("ANTKV_BACKEND", "fast")
     with pytest.raises(ValueError, match="backend 'fast' is unknown"):
@@ -105,7 +105,9 @@ def test_smollm2_writes_the_same_200_tokens(lane, monkeypatch):
     model = model.cuda()
     model.set_attn_implementation(lane)
     codebook = AnTKVCodebook.from_pretrained(find_codebook("smollm2-135m-instruct-1bit"))
-    inputs = tokenizer(HANDBOOK, return_tensors="pt").to("cuda")
+    chat = [{"role": "user", "content": f"{HANDBOOK}\n\nRetell this in your own words."}]
+    options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    inputs = tokenizer.apply_chat_template(chat, **options).to("cuda")
     written = {}
     for backend in ("triton", "reference"):
         monkeypatch.setenv("ANTKV_BACKEND", backend)

@@ -18,7 +18,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: there is nothing to compile with")
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("anchor_score", "encode", "dequantize", "flash_attention", "decode_attention", "scalar_decode")
+MODULES = (
+    "anchor_score", "encode", "dequantize", "flash_attention", "decode_attention", "scalar_decode", "static_step",
+)  # fmt: skip
 # mma.sync, wgmma, tcgen05 and MFMA; sm_80, sm_89 and sm_120 go the first one's way, and have no less memory than sm_86.
 GENERATORS = ("sm_86", "sm_90", "sm_100", "gfx90a")
 EVERYWHERE = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")

@@ -1,8 +1,12 @@
 """A few queries over codes, exact tokens and tail in one launch, against the reference on the same snapshot."""
 
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
 import torch
 from antkv.decode_attention import decode_attention
+from antkv.decode_plan import Plan, plan_splits
 from builders import assert_near, poison_empty, quantized_past, random_codec, random_snapshot
 
 from antkv_hf.reference.attention import Visibility, attention
@@ -30,6 +34,8 @@ def check(
     )  # fmt: skip
     assert out.dtype == dtype and lse.dtype == torch.float32
     tolerance, lse_tolerance = TOLERANCE[dtype]
+    # Float32 angles of late positions: at 32K tokens kernel and reference are 0.8e-5 and 1.3e-5 from float64.
+    tolerance = max(tolerance, 1e-9 * coded)
     assert_near(out, expected.flatten(1, 2), tolerance)
     torch.testing.assert_close(lse, expected_lse.flatten(1, 2), atol=lse_tolerance, rtol=1e-6)
 
@@ -51,6 +57,23 @@ def test_specs(spec, dtype):
 @pytest.mark.parametrize("anchors", ["int8", "float16"])
 def test_rope_and_anchors(rope, anchors):
     check(CPU, torch.float32, rope=rope, anchor_dtype=anchors)
+
+
+@pytest.mark.parametrize("plan", [Plan(3, lanes=2), Plan(3, pitch=6)])
+def test_orders_of_programs(monkeypatch, plan):
+    monkeypatch.setattr("antkv.decode_attention.plan_splits", lambda *sizes: plan)
+    check(CPU, torch.float32, heads=4, batch=1, coded=96, tail=7, group=1)
+
+
+@pytest.mark.parametrize("processors", [24, 84, 108, 132, 142])
+def test_plans_give_every_program_its_own_part(monkeypatch, processors):
+    properties = SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    sizes = [(1, 1), (1, 3), (1, 8), (3, 5), (5, 8), (128, 8)]
+    for n_codes, (batch, heads) in product([1, 300, 8448, 40000, 70000, 1 << 20], sizes):
+        splits, lanes, pitch = plan_splits(n_codes, batch, heads, torch.device("cuda"))
+        assert 1 <= splits <= 128 and heads % lanes == 0
+        assert pitch == 0 or (lanes == 1 and 2 * pitch == batch * heads * splits)
 
 
 @pytest.mark.parametrize("sinks, fraction", [(0, 0.0), (4, 0.0), (0, 0.1), (3, 0.3)])

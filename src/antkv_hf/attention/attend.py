@@ -56,39 +56,65 @@ def attend(
             raise ValueError(f"the attention mask covers {mask.shape[-1]} keys, but the cache holds {past.length}")
     q_len = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    visibility = Visibility(mask, is_causal and q_len > 1, q_len, past.length)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # sums and scores stay in float32
-        out, lse = backend.attention(past, query, visibility, scale, softcap, sink_logit)
+        step = _is_step(past, query, backend, observer)
+        given = mask
+        if mask is None and not step and past.static is not None and past.static.padded and q_len == 1:
+            mask = past.unpadded()
+        visibility = Visibility(mask, is_causal and q_len > 1, q_len, past.length)
+        if step:
+            out, lse = backend.attend_step(past, query, mask, scale, softcap, sink_logit)
+        else:
+            out, lse = backend.attention(past, query, visibility, scale, softcap, sink_logit)
         if observer is not None and observer.tail_keys is past.tail_keys:  # else an old snapshot, encoded since
-            observe(observer, backend, past, query, out, lse, visibility, scale, softcap)
+            if given is not None:
+                _learn_padding(observer, past, given)
+            observe(observer, backend, past, query, out, lse, visibility, scale, softcap, step)
             if commit:
                 observer.commit()
     return out.flatten(1, 2).to(query.dtype)
 
 
+def _is_step(past: Snapshot, query: torch.Tensor, backend: Backend, observer: LayerStorage | None) -> bool:
+    """Whether the backend answers from preallocated buffers alone (a score of the user's own has no kernel there)."""
+    if past.static is None or not past.static.holds_tail:
+        return False
+    score = None if observer is None else observer.score
+    return backend.answers_step(query, past.tail_keys.shape[1], None if score is None else score.term)
+
+
 def observe(
-    storage: LayerStorage, backend: Backend, past: Snapshot, query, out, lse, visibility: Visibility, scale, softcap
-) -> None:
-    """Adds what these queries say of the tail tokens to the storage's running statistic."""
-    first_query = None
-    if visibility.mask is not None:
-        # The padding of a sequence is open until its first real token is encoded, and fixed from then on.
-        if storage.max_offset >= storage.coded_length:
-            padding = padding_of(visibility.mask, past.tail_keys.shape[0])
-            storage.offset = torch.where(storage.offset >= storage.coded_length, padding, storage.offset)
-            storage.max_offset = int(storage.offset.max())
-        if visibility.mask.shape[2] > 1:
-            first_query = storage.offset
+    storage: LayerStorage, backend: Backend, past: Snapshot, query, out, lse, visibility: Visibility, scale, softcap,
+    step: bool = False,
+) -> None:  # fmt: skip
+    """Adds what these queries say of the tail tokens to the storage's running statistic.
+
+    `step`: in place, see `Backend.observe_step`.
+    """
     if storage.score is None:
         return
+    if step:
+        backend.observe_step(storage, past, query, out, lse, visibility.mask, scale, softcap)
+        return
+    several = visibility.mask is not None and visibility.mask.shape[2] > 1
+    first_query = storage.offset if several else None
     kv_heads = past.tail_keys.shape[1]
     moment = backend.query_moment(query, kv_heads, scale, first_query, past.length)
-    storage.query_moment = storage.query_moment + moment
+    storage.replace("query_moment", storage.query_moment + moment)
     if storage.score.term is not None:
-        storage.statistic = storage.statistic + backend.column_statistic(
+        received = backend.column_statistic(
             storage.score.term, past, query, out, lse, visibility, scale, softcap, first_query,
             storage.config.anchors.query_stride,
         )  # fmt: skip
+        storage.replace("statistic", storage.statistic + received)
+
+
+def _learn_padding(storage: LayerStorage, past: Snapshot, mask: torch.Tensor) -> None:
+    """The padding of a sequence is open until its first real token is encoded, and fixed from then on."""
+    if storage.max_offset >= storage.coded_length:
+        padding = padding_of(mask, past.tail_keys.shape[0])
+        storage.replace("offset", torch.where(storage.offset >= storage.coded_length, padding, storage.offset))
+        storage.max_offset = int(storage.offset.max())
 
 
 def padding_of(mask: torch.Tensor, batch: int) -> torch.Tensor:

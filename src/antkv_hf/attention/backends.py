@@ -58,11 +58,30 @@ class Backend(Protocol):
         """
         ...
 
+    def append_token(self, keys, values, tail_keys, tail_values, lengths) -> None:
+        """Writes ``(batch, kv_heads, 1, dim)`` into the tail's buffers at index ``lengths[1]``, in place."""
+        ...
+
+    def answers_step(self, query, kv_heads: int, term) -> bool:
+        """Whether `attend_step` and `observe_step` take this query and this score's term; if not, `attention` and its
+        kin do."""
+        ...
+
+    def attend_step(self, past, query, mask, scale, softcap=None, sink_logit=None):
+        """`attention` of one token over ``past.static``, all lengths read on the device; without a mask, from `offset`
+        on."""
+        ...
+
+    def observe_step(self, storage, past, query, out, lse, mask, scale, softcap) -> None:
+        """Adds what a step's query says to `query_moment` and statistic of a `StaticStorage`, in place."""
+        ...
+
 
 def select_backend(requested: str, device: torch.device) -> str:
     """Name of the backend to use on `device`; the environment variable ANTKV_BACKEND wins over `requested`.
 
-    ``auto`` is ``triton`` on a GPU where Triton is installed, else ``reference``.
+    ``auto`` is ``cuda`` on an NVIDIA GPU (sm_80 or newer) where cuda-core is installed, else ``triton`` on a GPU where
+    Triton is installed, else ``reference``. A layer whose codes have no CUDA kernel is ``triton`` (see `make_backend`).
 
     Raises:
         ValueError: for a name that does not exist, or a backend that cannot run there.
@@ -72,12 +91,14 @@ def select_backend(requested: str, device: torch.device) -> str:
         raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(KNOWN)}")
     obstacle = _obstacle_to_triton(device)
     if name == "auto":
-        return "triton" if obstacle is None and device.type == "cuda" else "reference"
+        if obstacle is not None or device.type != "cuda":
+            return "reference"
+        return "triton" if _obstacle_to_cuda(device) else "cuda"
     if name == "triton" and obstacle:
         raise ValueError(f"backend 'triton' is not available on {device}: {obstacle}; use 'reference' or 'auto'")
-    if name == "cuda":
+    if name == "cuda" and (obstacle := _obstacle_to_cuda(device)):
         raise ValueError(
-            f"backend 'cuda' is not available on {device} in this version; use 'triton', 'reference' or 'auto'"
+            f"backend 'cuda' is not available on {device}: {obstacle}; use 'triton', 'reference' or 'auto'"
         )
     return name
 
@@ -86,7 +107,8 @@ def make_backend(requested: str, codec: LayerCodec, device: torch.device, dtype:
     """The backend of a layer whose keys are in `dtype` on `device`.
 
     Raises:
-        ValueError: as `select_backend`, or if ``triton`` was asked for by name and has no kernel for the codec.
+        ValueError: as `select_backend`, or if ``triton`` or ``cuda`` was asked for by name and has no kernel for the
+            codec.
     """
     from .reference_backend import REFERENCE
 
@@ -96,13 +118,37 @@ def make_backend(requested: str, codec: LayerCodec, device: torch.device, dtype:
     from .scalar_backend import ScalarTritonBackend
     from .triton_backend import TritonBackend, UnsupportedTables
 
+    by_name = os.environ.get("ANTKV_BACKEND", requested) == name
+    scalar = isinstance(codec.key, ChannelQuantizer)
+    if name == "cuda" and scalar and by_name:
+        raise UnsupportedTables("scalar codes have no kernel in CUDA C++; use 'triton' or 'auto'")
+    if name == "cuda" and not scalar:
+        from .cuda_backend import CudaBackend
+
+        try:
+            return CudaBackend(codec, dtype)
+        except UnsupportedTables:  # a rate or head size of Triton's only
+            if by_name:
+                raise
+    if name == "triton" and not by_name and not scalar:
+        hint = _obstacle_to_cuda(device)
+        if hint is not None and "cuda-core" in hint:
+            warnings.warn(f"decoding with Triton's kernels, not the faster ones in CUDA C++: {hint}", stacklevel=2)
     try:
-        return (ScalarTritonBackend if isinstance(codec.key, ChannelQuantizer) else TritonBackend)(codec, dtype)
+        return (ScalarTritonBackend if scalar else TritonBackend)(codec, dtype)
     except UnsupportedTables as reason:
-        if os.environ.get("ANTKV_BACKEND", requested) == "triton":
+        if by_name:
             raise
         warnings.warn(f"slow attention in PyTorch: {reason}", stacklevel=2)
         return REFERENCE
+
+
+def _obstacle_to_cuda(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, whose kernels it shares, is not installed (pip install triton)"
+    from antkv.cuda_decode import obstacle
+
+    return obstacle(device)
 
 
 def _obstacle_to_triton(device: torch.device) -> str | None:

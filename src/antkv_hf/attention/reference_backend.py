@@ -49,5 +49,19 @@ class ReferenceBackend:
             scales,
         )
 
+    def append_token(self, keys, values, tail_keys, tail_values, lengths) -> None:
+        index = lengths[1:2].long()
+        tail_keys.index_copy_(2, index, keys)
+        tail_values.index_copy_(2, index, values)
+
+    def answers_step(self, query, kv_heads: int, term) -> bool:
+        return False  # its loops over blocks need the lengths on the host
+
+    def attend_step(self, past, query, mask, scale, softcap=None, sink_logit=None):
+        raise NotImplementedError("the reference answers steps through `attention`")
+
+    def observe_step(self, storage, past, query, out, lse, mask, scale, softcap) -> None:
+        raise NotImplementedError("the reference observes steps through `column_statistic` and `query_moment`")
+
 
 REFERENCE = ReferenceBackend()

@@ -9,6 +9,7 @@ from antkv.decode_plan import MIN_ROWS
 from antkv.encode import encode_keys, encode_values
 from antkv.past import ExactTokens, QuantizedPast
 from antkv.prefill import prefill_attention
+from antkv.static_step import add_column_statistic, add_query_moment, append_token
 
 from ..codecs import LayerCodec
 from ..reference import scores
@@ -46,12 +47,17 @@ class TritonBackend:
         kv_heads = past.tail_keys.shape[1]
         query = query.to(past.tail_keys.dtype)  # autocast may mix them
         quantized = self._quantized_past(past)
-        decode = quantized is not None and decodes(query, kv_heads)
-        answer = decode_attention if decode else prefill_attention
-        CALLS[f"triton.{answer.__name__}"] += 1
         with torch.cuda.device_of(query):  # Triton launches on the current GPU, and a model may be spread over several
-            out, lse = answer(query, quantized, past.tail_keys, past.tail_values, **options)
+            if quantized is not None and decodes(query, kv_heads):
+                out, lse = self.decode_attention(query, quantized, past.tail_keys, past.tail_values, **options)
+            else:
+                CALLS["triton.prefill_attention"] += 1
+                out, lse = prefill_attention(query, quantized, past.tail_keys, past.tail_values, **options)
         return out.unflatten(1, (kv_heads, -1)), lse.unflatten(1, (kv_heads, -1))
+
+    def decode_attention(self, query, past: QuantizedPast, tail_keys, tail_values, **options):
+        CALLS["triton.decode_attention"] += 1
+        return decode_attention(query, past, tail_keys, tail_values, **options)
 
     def column_statistic(self, term, past: Snapshot, query, out, lse, visibility, scale, softcap, first_query, stride):
         if term not in TERMS:  # a score of the user's own, in PyTorch
@@ -80,9 +86,58 @@ class TritonBackend:
             value_codes, value_error = encode_values(values, self.value_tables)
         return Encoded(key_codes, value_codes, key_error, value_error)
 
+    def append_token(self, keys, values, tail_keys, tail_values, lengths) -> None:
+        with torch.cuda.device_of(keys):
+            append_token(keys, values, tail_keys, tail_values, lengths)
+
+    def answers_step(self, query, kv_heads: int, term) -> bool:
+        return query.shape[2] == 1 and decodes(query, kv_heads) and (term is None or term in TERMS)
+
+    def attend_step(self, past: Snapshot, query, mask, scale, softcap=None, sink_logit=None):
+        static, kv_heads = past.static, past.tail_keys.shape[1]
+        assert static is not None
+        if static.planned is not None and mask is not None:
+            raise ValueError(
+                f"a captured step was given an attention mask of {mask.shape[-1]} keys, which would stay as it is"
+            )
+        planned = past.coded_length if static.planned is None else static.planned
+        quantized = self._static_past(past)._replace(coded=planned, lengths=static.lengths)
+        with torch.cuda.device_of(query):
+            out, lse = self.decode_attention(
+                query.to(static.tail_keys.dtype), quantized, static.tail_keys, static.tail_values, scale=scale,
+                mask=mask, is_causal=False, softcap=softcap, sink_logit=sink_logit,
+            )  # fmt: skip
+        return out.unflatten(1, (kv_heads, -1)), lse.unflatten(1, (kv_heads, -1))
+
+    def observe_step(self, storage, past: Snapshot, query, out, lse, mask, scale, softcap) -> None:
+        static, term = past.static, storage.score.term
+        assert static is not None
+        query = query.to(static.tail_keys.dtype)
+        with torch.cuda.device_of(query):
+            add_query_moment(query, scale, storage.query_moment)
+            if term is None:
+                return
+            CALLS["triton.column_statistic"] += 1
+            add_column_statistic(
+                TERMS[term], query, static.tail_keys, static.tail_values, out.flatten(1, 2), lse.flatten(1, 2),
+                static.statistic, static.lengths, past.offset, scale=scale, mask=mask, softcap=softcap,
+                stride=storage.config.anchors.query_stride,
+            )  # fmt: skip
+
+    def _static_past(self, past: Snapshot) -> QuantizedPast:
+        static = past.static
+        assert static is not None
+        exact = tuple(ExactTokens(*t.tensors()) for t in (static.sinks, static.anchors) if t is not None)
+        return QuantizedPast(
+            static.key_codes, static.value_codes, self.key_tables, self.value_tables, exact, static.exact_bits,
+            past.offset, past.coded_length,
+        )  # fmt: skip
+
     def _quantized_past(self, past: Snapshot) -> QuantizedPast | None:
         if past.key_codes is None or past.value_codes is None:
             return None
+        if past.static is not None:
+            return self._static_past(past)
         if past.exact_bits is None:
             raise ValueError(
                 f"a snapshot of {past.coded_length} coded tokens has no exact_bits: LayerStorage makes them"

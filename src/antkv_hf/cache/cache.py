@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -13,14 +14,16 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..anchors import get_score
 from ..attention.backends import select_backend
-from ..codebook import AnTKVCodebook
+from ..codebook import AnTKVCodebook, describe_model
 from ..codecs import CodecForDevice, IdentityCodec, LayerCodec, scalar_codecs
 from ..config import AnTKVConfig, ScalarSpec
+from ..static_storage import size_obstacle
+from ..tensor_parallel import check_heads, tp_size
 from . import interface, persistence
 from .footprint import MemoryFootprint
-from .layer import AnTKVLayer, LayerPlan, quantizable_layers
+from .layer import AnTKVLayer, LayerPlan, layers_kept_as_they_are, quantizable_layers
 from .model_rotary import model_rotary
-from .prompt_guard import PromptGuard, generate_input_ids
+from .prompt_guard import PromptGuard, forward_input_ids, generate_input_ids
 
 
 class AnTKVCache(Cache):
@@ -34,9 +37,14 @@ class AnTKVCache(Cache):
         config: what to keep; the codebook's own by default. Its codec specs must be the codebook's.
         codebook: tables of this model; not needed for ``AnTKVConfig.preset("ott-2bit")``, ``"ott-4bit"`` and
             ``"identity"``.
+        max_length: tokens of a sequence that memory is set aside for at once (prompt and new ones): nothing grows then,
+            lengths are on the device too, and `antkv_generate` can run decode steps as CUDA graphs. None: the cache
+            grows as it must. The batch keeps its size. Not with scalar codes or ``anchors.max_tokens``.
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
-            (default) or ``"reset"`` (start afresh; convenient in pipelines). Compared are the tokens of the previous
-            prompt, not those generated after it.
+            (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are compared.
+
+        device_mesh: the model's, where tensor parallelism shares its kv heads among some of the processes only;
+            without it, among all of them. Tables and codes of a process are those of its heads.
 
     Raises:
         ValueError: codebook of another model, specs that differ, MLA or encoder models, offloading, no layer to
@@ -54,7 +62,9 @@ class AnTKVCache(Cache):
         config: AnTKVConfig | None = None,
         codebook: AnTKVCodebook | None = None,
         *,
+        max_length: int | None = None,
         on_new_prompt: str = "error",
+        device_mesh: Any = None,
         offloading: bool = False,
     ):
         if offloading:
@@ -64,17 +74,26 @@ class AnTKVCache(Cache):
             )
         if on_new_prompt not in ("error", "reset"):
             raise ValueError(f"on_new_prompt={on_new_prompt!r} must be 'error' or 'reset'")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length} must be at least 1 token, or None for a cache that grows")
         if isinstance(config, AnTKVCodebook):
             raise TypeError("the second argument is an AnTKVConfig; pass the codebook as AnTKVCache(..., codebook=...)")
         config = config or (codebook.config if codebook is not None else None)
         if config is None:
             raise ValueError("give a codebook (AnTKVCache.from_pretrained(...)) or a config: there is nothing to go by")
+        if max_length is not None and (why := size_obstacle(config)):
+            raise ValueError(f"max_length={max_length} cannot be kept: {why}. Leave max_length out")
         text = model_config.get_text_config(decoder=True)
-        layers = _layers(model_config, text, config, codebook)
+        self.tp_size = tp_size(model_config, device_mesh)
+        if self.tp_size > 1:
+            check_heads(text, describe_model(text)["kv_heads"], self.tp_size)
+        layers = _layers(model_config, text, config, codebook, max_length, device_mesh)
         self.antkv_config, self.codebook, self.on_new_prompt = config, codebook, on_new_prompt
+        self.max_length = max_length
         self._text_config = text  # what `save` tells of the model
         self._guard = PromptGuard()
         super().__init__(layers=layers)
+        self._first = self.quantized_layers[0]
 
     @classmethod
     def from_pretrained(
@@ -83,6 +102,7 @@ class AnTKVCache(Cache):
         model: PreTrainedModel | None = None,
         config: AnTKVConfig | None = None,
         *,
+        max_length: int | None = None,
         on_new_prompt: str = "error",
         **changes: Any,
     ) -> AnTKVCache:
@@ -92,6 +112,7 @@ class AnTKVCache(Cache):
             model: switches the fast lane on (``model.set_attn_implementation("antkv")``) and checks that the codebook
                 fits; without it the model is described by the codebook.
             config: replaces the codebook's defaults.
+            max_length: as in `AnTKVCache`.
             changes: fields of the config to change, e.g. ``window=64, anchor_fraction=0.01``; or arguments of
                 `AnTKVCodebook.from_pretrained` (revision, token, cache_dir, local_files_only, force_download).
         """
@@ -99,22 +120,40 @@ class AnTKVCache(Cache):
         codebook = AnTKVCodebook.from_pretrained(name_or_path, **hub)
         config = (config or codebook.config).replace(**changes)
         model_config = codebook.model_config() if model is None else model.config
-        cache = cls(model_config, config, codebook, on_new_prompt=on_new_prompt)
+        mesh = getattr(model, "_device_mesh", None)
+        cache = cls(
+            model_config, config, codebook, max_length=max_length, on_new_prompt=on_new_prompt, device_mesh=mesh
+        )
         if model is not None:
             model.set_attn_implementation(interface.NAME)
         return cache
+
+    def fork(self) -> AnTKVCache:
+        """A second cache that goes on from here on its own: one long document, many questions.
+
+        Buffers of quantized layers are shared, not copied, until one of the two replaces its own: the exact tail with
+        its next token, codes when the next chunk is coded. Layers that are not quantized are copied.
+        So are all buffers of a cache with `max_length`. ``copy.deepcopy(cache)`` is the same.
+
+        Example:
+            >>> model(**document, past_key_values=cache)  # read once
+            >>> for question in questions:
+            ...     model.generate(**document_and(question), past_key_values=cache.fork())
+        """
+        return copy.deepcopy(self)
 
     def save(self, path: str | Path) -> None:
         """Writes the cache to one file, to go on from there in another process: see `load`.
 
         The file (safetensors, with JSON in its metadata) appears by one rename once it is complete on the disk: a kill
-        in the middle leaves the old file, or none. It holds codes, anchors, window, scores, prompt and config with a
+        in the middle leaves the old file, or none. It holds codes, anchors, window, scores, token ids and config with a
         hash over all of it; of the codebook only its hash and where it was loaded from, of the model only its sizes.
         An empty cache is saved as one; with assisted decoding, tokens that are not coded yet are saved exact, and the
         loaded cache goes on recording its past.
 
         Raises:
-            ValueError: a layer holds state that cannot be saved (linear attention of some hybrids). Nothing is written.
+            ValueError: a layer holds state that cannot be saved (linear attention of some hybrids), or this process
+                holds a share of the heads only (tensor parallelism). Nothing is written.
             OSError: no such folder, no space, no permission.
         """
         persistence.save_cache(self, path)
@@ -138,7 +177,8 @@ class AnTKVCache(Cache):
 
         Raises:
             FileNotFoundError: the file or its codebook is not there.
-            ValueError: damaged or changed file, unknown format_version, another codebook or model.
+            ValueError: damaged or changed file, unknown format_version, another codebook or model, or a model whose
+                heads are shared by tensor-parallel processes.
         """
         return persistence.load_cache(cls, path, model, codebook, device)
 
@@ -149,14 +189,16 @@ class AnTKVCache(Cache):
     @property
     def backend(self) -> str:
         """Backend in use; before the first update, the one that a CPU would get."""
-        first = self.quantized_layers[0]
-        if first.storage is not None:
-            return first.storage.backend.name
+        if self._first.storage is not None:
+            return self._first.storage.backend.name
         return select_backend(self.antkv_config.backend, torch.device("cpu"))
 
     def memory_footprint(self) -> MemoryFootprint:
-        """Bytes that the cache takes, all counted, and bits per element; see `MemoryFootprint`."""
-        sizes: Counter[str] = Counter(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0)
+        """Bytes that the cache takes, all counted, and bits per element; see `MemoryFootprint`.
+
+        Under tensor parallelism: those of this process, which holds its share of the heads.
+        """
+        sizes: Counter[str] = Counter(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0, reserved=0)
         coded_elements = elements = dense = tables = 0
         for layer in self.layers:
             if not isinstance(layer, AnTKVLayer):
@@ -173,7 +215,7 @@ class AnTKVCache(Cache):
                 elements += storage.length * width
                 dense += storage.length * width * keys.element_size()
                 tables += storage.codec.memory_bytes()
-        first = self.quantized_layers[0]
+        first = self._first
         batch = max(first.batch_size, 0)
         coded = 0 if first.storage is None else first.storage.coded_length
         return MemoryFootprint(
@@ -198,11 +240,17 @@ class AnTKVCache(Cache):
                 f"layer_idx {layer_idx} is beyond the {len(self.layers)} layers of this cache: it was made for another "
                 "model; make one with AnTKVCache(model.config, ...)"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.layers[layer_idx] is not self._first:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        start = self._first.get_seq_length()
+        out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._guard.read(forward_input_ids(key_states.shape[0], key_states.shape[2]), start)
+        return out
 
     def reset(self) -> None:
         """Forgets everything; the cache can then take another prompt."""
         self._guard.forget()
+        self.__dict__.pop("_graphed", None)  # `graphs.graphed`: they hold the old buffers
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -212,19 +260,20 @@ class AnTKVCache(Cache):
                 f"crop({tokens_to_remove}) must not be positive: give minus the number of tokens to remove from the end"
             )
         super().crop(tokens_to_remove)
+        self._guard.crop(self._first.get_seq_length())
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the batch for beam search."""
-        self._guard.forget()
         super().reorder_cache(beam_idx)
+        self._guard.map_batch(lambda ids: ids.index_select(0, beam_idx.cpu()))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._guard.forget()
         super().batch_repeat_interleave(repeats)
+        self._guard.map_batch(lambda ids: ids.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._guard.forget()
         super().batch_select_indices(indices)
+        self._guard.map_batch(lambda ids: ids[indices.cpu(), ...])
 
     def activate_past_recording(self) -> None:
         for layer in self.layers:
@@ -252,10 +301,11 @@ class AnTKVCache(Cache):
             )
         if why is not None:
             self.reset()
-        self._guard.remember(ids)
 
 
-def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None) -> list:
+def _layers(
+    model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None, max_length: int | None, device_mesh: Any
+) -> list:
     """Transformers' own layers for this model, with the plain full-attention ones replaced by quantized ones."""
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(
@@ -263,22 +313,29 @@ def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | N
             "latents, not keys and values. Use DynamicCache for this model."
         )
     score = get_score(config.anchors.score)
-    layers = list(DynamicCache(config=model_config).layers)
-    plain = quantizable_layers(layers, config)
-    if not plain:
-        kinds = dict(Counter(type(layer).__name__ for layer in layers))
+    try:
+        layers = list(DynamicCache(config=model_config).layers)
+    except KeyError as error:  # some models register their cache layers only when they are loaded
         raise ValueError(
-            f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kinds}, skip_layers="
-            f"{config.skip_layers}): only full-attention layers are. Use DynamicCache, whose window is small already."
+            f"transformers knows no cache layer for the {error} layers of {text.model_type}: load the model first, or "
+            "leave past_key_values out"
+        ) from error
+    plain = quantizable_layers(layers, config)
+    kept = layers_kept_as_they_are(layers, config)
+    if not plain:
+        raise ValueError(
+            f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kept}): only those of full "
+            "attention over all past tokens are. Use DynamicCache for this model."
         )
     if beyond := [i for i in config.skip_layers if i >= len(layers)]:
         raise ValueError(
             f"skip_layers names layer {beyond[0]}, but the model has {len(layers)} layers (0 to {len(layers) - 1})"
         )
-    others = len(layers) - len(plain) - sum(i < len(layers) for i in config.skip_layers)
-    if others:
+    if len(layers) - len(plain) > len(config.skip_layers):
         warnings.warn(
-            f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers: only full attention is", stacklevel=3
+            f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers of {text.model_type}, those of full attention; "
+            f"the others stay as transformers keeps them ({kept})",
+            stacklevel=3,
         )
     codec_for_device: CodecForDevice = _identity_codec
     if isinstance(config.key, ScalarSpec):
@@ -292,9 +349,9 @@ def _layers(model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | N
                 'make one with `antkv calibrate`, or do without: AnTKVConfig.preset("ott-2bit")'
             )
         codebook.check(text, config, plain)
-        codec_for_device = codebook.codec_factory(config, model_rotary(model_config))
+        codec_for_device = codebook.codec_factory(config, model_rotary(model_config), device_mesh)
     for i in plain:
-        layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device))
+        layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device, max_length))
     return layers
 
 

@@ -15,6 +15,7 @@ class MemoryFootprint:
         anchors: anchor keys, values, scales and positions. sinks: the first tokens, likewise.
         window: exact recent tokens. scores: running statistics for the anchor score.
         other_layers: layers that are not quantized (sliding windows, skipped layers).
+        reserved: set aside for tokens to come by a cache with `max_length`; the other kinds are what is in use.
         tables: codebooks on the device, shared by every cache of the model.
         tokens: tokens held by the first quantized layer, all sequences together; coded_tokens: those that are codes.
         coded_elements, elements: elements (keys and values, all quantized layers) of those tokens.
@@ -27,6 +28,7 @@ class MemoryFootprint:
     window: int
     scores: int
     other_layers: int
+    reserved: int
     tables: int
     tokens: int
     coded_tokens: int
@@ -37,7 +39,8 @@ class MemoryFootprint:
     @property
     def total(self) -> int:
         """All bytes but the shared tables."""
-        return self.codes + self.anchors + self.sinks + self.window + self.scores + self.other_layers
+        used = self.codes + self.anchors + self.sinks + self.window + self.scores
+        return used + self.other_layers + self.reserved
 
     @property
     def bits_per_element(self) -> float:
@@ -47,7 +50,8 @@ class MemoryFootprint:
     @property
     def bits_per_element_with_window(self) -> float:
         """Bits an element of the quantized layers costs on average, window and scores included."""
-        return 8 * (self.total - self.other_layers) / self.elements if self.elements else 0.0
+        used = self.total - self.other_layers - self.reserved
+        return 8 * used / self.elements if self.elements else 0.0
 
     @property
     def compression(self) -> float:
@@ -59,7 +63,7 @@ class MemoryFootprint:
         return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
 
     def __str__(self) -> str:
-        kinds = ("codes", "anchors", "sinks", "window", "scores", "other_layers")
+        kinds = ("codes", "anchors", "sinks", "window", "scores", "other_layers", "reserved")
         parts = ", ".join(f"{name} {getattr(self, name):,}" for name in kinds if getattr(self, name))
         return (
             f"{self.total:,} bytes for {self.tokens:,} tokens ({parts}); {self.bits_per_element:.2f} bits per coded "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -9,6 +11,7 @@ from ..anchors import AnchorScore
 from ..attention.backends import make_backend
 from ..codecs import LayerCodec
 from ..config import AnTKVConfig
+from ..static_storage import StaticStorage
 from ..storage import LayerStorage
 from ..storage_check import check_tail, check_tensors
 from .handle import KVHandle, SharedSnapshot
@@ -24,11 +27,33 @@ def quantizable_layers(layers: list, config: AnTKVConfig) -> list[int]:
     return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in config.skip_layers]
 
 
+_KINDS = {  # transformers' cache layers that are not quantized, in words
+    "DynamicSlidingWindowLayer": "sliding window",
+    "LinearAttentionLayer": "linear attention",
+    "DynamicIndexedLayer": "indexed sparse attention",
+    "DummyLayer": "without keys of their own",
+}
+
+
+def layers_kept_as_they_are(layers: list, config: AnTKVConfig) -> str:
+    """Which of transformers' cache `layers` are not quantized: ``"5 sliding window, 1 skipped"``; empty for none."""
+    quantized = set(quantizable_layers(layers, config))
+    kinds = Counter(
+        "skipped" if i in config.skip_layers else _KINDS.get(type(layer).__name__, type(layer).__name__)
+        for i, layer in enumerate(layers)
+        if i not in quantized
+    )
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+
 class LayerPlan:
     """What a layer needs to start: built once for a model, shared by its caches (`codec` makes tables on a device)."""
 
-    def __init__(self, layer_idx: int, config: AnTKVConfig, score: AnchorScore | None, codec_for_device):
-        self.layer_idx, self.config, self.score = layer_idx, config, score
+    def __init__(
+        self, layer_idx: int, config: AnTKVConfig, score: AnchorScore | None, codec_for_device,
+        max_length: int | None = None,
+    ):  # fmt: skip
+        self.layer_idx, self.config, self.score, self.max_length = layer_idx, config, score, max_length
         self._codec_for_device = codec_for_device
 
     def __deepcopy__(self, memo: dict) -> LayerPlan:
@@ -67,7 +92,9 @@ class AnTKVLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         codec = self.plan.codec(key_states.device, key_states.shape[1], key_states.shape[3], value_states.shape[3])
         backend = make_backend(self.plan.config.backend, codec, key_states.device, key_states.dtype)
-        self.storage = LayerStorage(codec, self.plan.config, self.plan.score, key_states, value_states, backend)
+        start = codec, self.plan.config, self.plan.score, key_states, value_states, backend
+        limit = self.plan.max_length
+        self.storage = LayerStorage(*start) if limit is None else StaticStorage(*start, max_length=limit)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -89,8 +116,8 @@ class AnTKVLayer(CacheLayerMixin):
             if not self.record_past:
                 storage.commit()
             storage.append(key_states, value_states)
-        shared = SharedSnapshot(storage.snapshot(), storage.backend, storage, commit=not self.record_past)
-        return KVHandle.pair(shared)
+        commit = storage.commits_at_once and not self.record_past
+        return KVHandle.pair(SharedSnapshot(storage.snapshot(), storage.backend, storage, commit))
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         name = f"layer {self.plan.layer_idx} of AnTKVCache"
@@ -105,6 +132,7 @@ class AnTKVLayer(CacheLayerMixin):
             )
         if keys.shape[2] == 0:
             raise ValueError(_NO_TOKENS.format(self.plan.layer_idx, self.get_seq_length()))
+        self.require_room(keys.shape[2])
         if self.storage is None:
             return
         old = self.storage.tail_keys
@@ -122,6 +150,17 @@ class AnTKVLayer(CacheLayerMixin):
             raise ValueError(
                 f"{name}: keys moved from {old.dtype} on {old.device} to {keys.dtype} on {keys.device}; "
                 "a cache stays where it was first filled: make a new one"
+            )
+
+    def require_room(self, new_tokens: int) -> None:
+        """Raises ValueError if so many more tokens are beyond the cache's `max_length`."""
+        limit, length = self.plan.max_length, self.get_seq_length()
+        if limit is not None and length + new_tokens > limit:
+            need = length + new_tokens
+            raise ValueError(
+                f"layer {self.plan.layer_idx} of AnTKVCache: it was made for max_length={limit} tokens, but {length} "
+                f"cached and {new_tokens} new ones are {need}: make it with max_length={need} or more, or leave "
+                "max_length out"
             )
 
     def restore(self, tensors: dict[str, torch.Tensor], record_past: bool) -> None:
@@ -147,7 +186,7 @@ class AnTKVLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.plan.max_length is None else self.plan.max_length
 
     @property
     def batch_size(self) -> int:

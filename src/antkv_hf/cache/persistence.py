@@ -23,6 +23,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..codebook import AnTKVCodebook, describe_model
 from ..config import AnTKVConfig
 from ..hashing import tensors_sha256
+from ..tensor_parallel import tp_size
 from . import interface
 from .saved_layers import layer_record, layer_tensors, restore_layer
 
@@ -69,6 +70,7 @@ def save_cache(cache: AnTKVCache, path: str | Path) -> None:
     """See `AnTKVCache.save`."""
     from .. import __version__
 
+    _check_whole(cache.tp_size, "save")
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of a file, such as {path / 'cache.safetensors'}")
@@ -103,6 +105,15 @@ def save_cache(cache: AnTKVCache, path: str | Path) -> None:
     )
     metadata = {"format": "pt", _HEADER: header, _SHA256: tensors_sha256(tensors, header)}
     _write(path, tensors, metadata)
+
+
+def _check_whole(processes: int, action: str) -> None:
+    if processes > 1:
+        raise ValueError(
+            f"cannot {action} a cache under tensor parallelism: each of {processes} processes holds a share of the kv "
+            "heads, and a file holds all of them. Fill and save it with the model on one device, or spread by "
+            'device_map="auto"; under tensor parallelism read the prompt again'
+        )
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
@@ -184,6 +195,8 @@ def load_cache(
     device: torch.device | str | None,
 ) -> AnTKVCache:
     """See `AnTKVCache.load`."""
+    if model is not None:
+        _check_whole(tp_size(model.config, getattr(model, "_device_mesh", None)), "load")
     saved = read_cache_file(path)
     try:
         book = _find_codebook(saved, codebook)

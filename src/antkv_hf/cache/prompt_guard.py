@@ -1,51 +1,113 @@
 """Notices a cache that is handed to `generate` with a prompt it does not hold.
 
 transformers trusts a user's cache: with a longer, different prompt it silently writes wrong text. The cache itself
-never sees token ids, but `generate` marks a user's cache (`cache._is_user_defined = True`) while its own frame still
-holds them. Where that frame looks different (another transformers), the guard stays silent; tests pin both.
-
-What is compared is the previous *prompt*: tokens that were generated after it are not checked, nor are calls that
-follow beam search or batch operations.
+never sees token ids, but the frames above it do: the model's `forward` holds those of the keys that `update` is given,
+and `generate`, when it marks a user's cache (`cache._is_user_defined = True`), holds those of the next prompt. So
+every token is compared, read or generated. Where frames look different (another transformers, embeddings instead of
+ids, torch.compile), the guard knows less and stays silent; tests pin both.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 
-_FRAMES = 4  # how far above the marking statement generate()'s own frame may be
+_FRAMES_TO_GENERATE = 4  # how far above the marking statement generate()'s own frame may be
+_FRAMES_TO_MODEL = 60  # how far above `update` the model's forward may be: modules, hooks and wrappers between
+_LOOSE = 128  # pieces of ids that may wait on the device before they are brought together on the CPU
+
+
+def locals_above(function: str, variable: str, limit: int) -> Iterator[Any]:
+    """Values of a local `variable` in the frames named `function`, at most `limit` frames above the caller's."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(limit):
+        if frame is None:
+            return
+        # names first: to ask a frame for its locals copies them
+        if frame.f_code.co_name == function and variable in frame.f_code.co_varnames:
+            yield frame.f_locals.get(variable)
+        frame = frame.f_back
 
 
 def generate_input_ids() -> torch.Tensor | None:
     """The prompt ids ``(batch, n)`` of the `generate` call that is marking its cache, or None if there is none."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(_FRAMES):
-        if frame is None:
-            return None
-        if frame.f_code.co_name == "generate":
-            ids = frame.f_locals.get("input_ids")
-            return ids if isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() else None
-        frame = frame.f_back
+    ids = next(locals_above("generate", "input_ids", _FRAMES_TO_GENERATE), None)
+    return ids if isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() else None
+
+
+def forward_input_ids(batch: int, length: int) -> torch.Tensor | None:
+    """The ids ``(batch, length)`` that the model is reading right now, or None if they cannot be found."""
+    if torch.compiler.is_compiling():
+        return None
+    for ids in locals_above("forward", "input_ids", _FRAMES_TO_MODEL):
+        if isinstance(ids, torch.Tensor) and ids.shape == (batch, length):
+            return ids
     return None
 
 
 class PromptGuard:
-    """Remembers the prompt that a cache was filled with, and compares the next one with it."""
+    """Remembers the tokens that a cache was filled with, from its start on, and compares the next prompt with them."""
 
     def __init__(self) -> None:
-        self.ids: torch.Tensor | None = None
+        self._known: torch.Tensor | None = None  # int64 (batch, n) on the CPU
+        self._loose: list[torch.Tensor] = []  # what follows, as it came
+
+    def __deepcopy__(self, memo: dict) -> PromptGuard:
+        copy = PromptGuard()
+        copy._known, copy._loose = self._known, list(self._loose)  # tensors are never changed in place
+        return copy
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """Known tokens ``(batch, n)``, int64 on the CPU; None if there are none."""
+        if self._loose:
+            parts = [] if self._known is None else [self._known]
+            self._known, self._loose = torch.cat([*parts, *(ids.cpu() for ids in self._loose)], 1), []
+        return self._known
+
+    @property
+    def length(self) -> int:
+        known = 0 if self._known is None else self._known.shape[1]
+        return known + sum(ids.shape[1] for ids in self._loose)
+
+    def read(self, ids: torch.Tensor | None, start: int) -> None:
+        """Notes that the cache took the tokens `ids` ``(batch, n)`` (None: not known) after its first `start` ones."""
+        self.crop(start)
+        if ids is None or start != self.length:
+            return
+        self._loose.append(ids.detach().clone())
+        if len(self._loose) >= _LOOSE:
+            _ = self.ids
+
+    def crop(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        if length == 0:
+            self.forget()
+        elif length < self.length:
+            ids = self.ids
+            assert ids is not None
+            self._known = ids[:, :length].clone()
+
+    def map_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies `change` (a selection or repetition along dimension 0, of a tensor on the CPU)."""
+        if (ids := self.ids) is not None:
+            self._known = change(ids)
 
     def mismatch(self, ids: torch.Tensor, length: int) -> str | None:
         """Why a cache of `length` tokens cannot continue the prompt `ids`, or None if it can (or it is not known)."""
-        if self.ids is None or length == 0:
-            return None
         known = self.ids
+        if known is None or length == 0:
+            return None
         if ids.shape[0] != known.shape[0]:
-            if ids.shape[0] % known.shape[0] == 0 or known.shape[0] % ids.shape[0] == 0:
-                return None  # beams and return sequences expand the batch
-            return f"it holds a batch of {known.shape[0]} and the prompt is a batch of {ids.shape[0]}"
+            if ids.shape[0] % known.shape[0] == 0:
+                return None  # the cache itself refuses the batch
+            if known.shape[0] % ids.shape[0]:
+                return f"it holds a batch of {known.shape[0]} and the prompt is a batch of {ids.shape[0]}"
+            ids = ids.repeat_interleave(known.shape[0] // ids.shape[0], 0)  # as generate does for beams
         if ids.shape[1] < length:
             return f"it holds {length} tokens and the prompt has only {ids.shape[1]}"
         n = min(known.shape[1], length)
@@ -55,7 +117,8 @@ class PromptGuard:
         return None
 
     def remember(self, ids: torch.Tensor) -> None:
-        self.ids = ids.detach().cpu().clone()
+        """Starts over with the tokens `ids` ``(batch, n)``."""
+        self._known, self._loose = ids.detach().cpu().clone(), []
 
     def forget(self) -> None:
-        self.ids = None
+        self._known, self._loose = None, []

@@ -12,6 +12,7 @@ from ..cache.layer import quantizable_layers
 from ..cache.model_rotary import model_rotary
 from ..config import AnTKVConfig
 from ..rotary import Rotary
+from ..tensor_parallel import tp_size
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -28,6 +29,11 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{text.model_type} uses multi-head latent attention (kv_lora_rank={rank}): its cache holds latents, not "
             "keys and values"
+        )
+    if (processes := tp_size(model.config, getattr(model, "_device_mesh", None))) > 1:
+        raise ValueError(
+            f"{name} is spread over {processes} tensor-parallel processes, but calibration needs every head in one: "
+            'load it whole in each process, or with device_map="auto" in a single one'
         )
     if not model._can_set_attn_implementation():
         raise ValueError(f"{name} does not use transformers' AttentionInterface: its keys cannot be seen")

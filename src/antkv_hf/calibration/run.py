@@ -24,9 +24,10 @@ from ..rotary import Rotary
 from ..texts import TextMix, mix_windows
 from .checks import check_model, check_sizes, layers_to_learn
 from .intercept import frozen_for_statistics
+from .processes import Processes
 from .statistics import LayerStatistics, window_statistics
 from .tables import learn_tables
-from .work_folder import WorkFolder, digest
+from .work_folder import WorkFolder, check_shared, digest
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ def calibrate(
 
     One forward and backward pass over `tokens` of text, then weighted k-means layer by layer, on the model's device.
 
+    Several processes (`accelerate launch` or `torchrun`, each with the whole model on a device of its own) share the
+    windows, then the layers, through `work_dir`. Nothing is added up across them, so their number changes no table; the
+    kind of device, the number of threads a process has and `batch_size` do, by rounding. All must call it, and all
+    return the codebook.
+
     Peak memory beside the weights is the larger of
         activations of `batch_size` windows (their whole graph) + 2 * batch_size * window * vocabulary elements
         + 3 * heads * 512 * 1024 * 4 bytes, and
@@ -84,8 +90,9 @@ def calibrate(
         samples: tokens kept for the tables, spread evenly over the windows; at least ``2**code_bits``.
         work_dir: where statistics and finished tables are kept. A run that was stopped goes on from there, and another
             config of the same rope mode and layers reuses the statistics. None: a temporary folder, removed at the end.
+            All processes must see it; the first one's counts.
         base_model: Hub id of the model, for the card; the model's own name by default.
-        progress: show progress bars.
+        progress: show progress bars (of the first process: its share of the work).
         iterations: rounds of k-means.
         batch_size: windows in a pass.
         sources: what the card says about the texts, instead of their names. license: of the codebook, for its card.
@@ -113,15 +120,21 @@ def calibrate(
     windows = mix_windows(tokenizer, mix, window, tokens // window, seed)
     plan = _Plan(described, rotary, windows, _sampled_positions(len(windows), window, samples, seed))
     with ExitStack() as stack:
-        if work_dir is None:
+        processes = stack.enter_context(Processes(cpu=model.device.type == "cpu"))
+        if work_dir is None and processes.rank == 0:
             work_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="antkv-calibration-"))
-        folder = WorkFolder(
-            Path(work_dir),
-            _settings(model, config, plan, seed),
-            {"key": str(config.key), "value": str(config.value), "iterations": iterations, "seed": seed},
-        )
-        _collect(model, plan, folder, batch_size, progress)
-        tables, errors = _learn(config, plan, folder, model.device, iterations, seed, progress)
+        place = Path(processes.agreed(str(work_dir)))
+        settings = _settings(model, config, plan, seed)
+        learning = {"key": str(config.key), "value": str(config.value), "iterations": iterations, "seed": seed}
+        if processes.rank == 0:
+            folder = WorkFolder(place, settings, learning)
+        processes.wait()
+        if processes.rank:
+            check_shared(place, processes.rank)
+            folder = WorkFolder(place, settings, learning)
+        _collect(model, plan, folder, batch_size, progress, processes)
+        tables, errors = _learn(config, plan, folder, model.device, iterations, seed, progress, processes)
+        processes.wait()  # until all have read the tables
     made = {
         "sources": list(sources) if sources is not None else mix.describe(),
         "tokens": windows.numel(),
@@ -135,6 +148,8 @@ def calibrate(
     }
     if license is not None:
         made["license"] = license
+    if (commit := getattr(model.config, "_commit_hash", None)) is not None:
+        made["model_revision"] = commit
     return AnTKVCodebook(config, tables, described, calibration=made)
 
 
@@ -168,8 +183,10 @@ def _sampled_positions(count: int, window: int, samples: int, seed: int) -> torc
 
 
 # -------------------------------------------------------------------- work
-def _collect(model: PreTrainedModel, plan: _Plan, folder: WorkFolder, batch_size: int, progress: bool) -> None:
-    """Writes a shard for every window that has none yet."""
+def _collect(
+    model: PreTrainedModel, plan: _Plan, folder: WorkFolder, batch_size: int, progress: bool, processes: Processes
+) -> None:
+    """Writes a shard for every window that has none yet; together with the other processes."""
     count = len(plan.windows)
     # Whole batches are repeated, so that a window is always computed beside the same others.
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
@@ -182,10 +199,13 @@ def _collect(model: PreTrainedModel, plan: _Plan, folder: WorkFolder, batch_size
             f"the statistics need {needed / 1e9:.1f} GB in {folder.path}, which has {free / 1e9:.1f} GB free: give a "
             "work_dir on a larger disk, or fewer samples"
         )
-    done = count - sum(len(batch) for batch in missing)
-    bar = tqdm(total=count, initial=done, desc="statistics", unit="window", disable=not progress)
+    processes.wait()  # until all have seen what is missing
+    own = processes.share(missing)
+    done = 0 if processes.size > 1 else count - sum(len(batch) for batch in missing)
+    total = sum(len(batch) for batch in own) + done
+    bar = tqdm(total=total, initial=done, desc="statistics", unit="window", disable=not progress or processes.rank > 0)
     with bar, frozen_for_statistics(model):
-        for batch in missing:
+        for batch in own:
             rows = slice(batch.start, batch.stop)
             found, nll = window_statistics(model, plan.windows[rows], plan.rotary, plan.kept[rows])
             for i, layers in zip(batch, found, strict=True):
@@ -193,6 +213,7 @@ def _collect(model: PreTrainedModel, plan: _Plan, folder: WorkFolder, batch_size
                 folder.save_window(i, layers)
             bar.update(len(batch))
             bar.set_postfix(nll=f"{nll.mean():.3f}")
+    processes.wait()
 
 
 def _check_shapes(layers: dict[int, LayerStatistics], described: dict[str, Any]) -> None:
@@ -215,27 +236,31 @@ def _learn(
     iterations: int,
     seed: int,
     progress: bool,
+    processes: Processes,
 ) -> tuple[dict[int, tuple[VQTables, VQTables]], dict[str, float]]:
     """Tables by layer, finished ones from the folder, and the mean relative errors of keys and values."""
-    assert config.key is not None and config.value is not None
-    tables: dict[int, tuple[VQTables, VQTables]] = {}
     key_spec, value_spec = config.vq_specs()
+    missing = [layer for layer in sorted(plan.rotary) if not folder.has_tables(layer)]
+    processes.wait()  # until all have seen what is missing
+    own = processes.share(missing)
+    for layer in (bar := tqdm(own, desc="tables", unit="layer", disable=not progress or processes.rank > 0)):
+        learned = []
+        for spec, name, rotary in ((key_spec, "key", plan.rotary[layer]), (value_spec, "value", None)):
+            fields = (name, f"{name}_grad", "exclude")
+            x, gradients, exclude = folder.read(fields, layer, len(plan.windows), device)
+            # Distinct seeds: stages of a table add up to 1,000, layers and roles step over them.
+            own_seed = seed + 2000 * layer + (1000 if name == "value" else 0)
+            learned.append(learn_tables(spec, x, gradients, exclude, rotary, iterations, own_seed))
+        (key, key_error), (value, value_error) = learned
+        folder.save_tables(layer, key, value, (key_error, value_error))
+        bar.set_postfix(key_error=f"{key_error:.3f}", value_error=f"{value_error:.3f}")
+    processes.wait()
+    tables: dict[int, tuple[VQTables, VQTables]] = {}
     errors = []
-    for layer in (bar := tqdm(sorted(plan.rotary), desc="tables", unit="layer", disable=not progress)):
-        if not folder.has_tables(layer):
-            learned = []
-            for spec, name, rotary in ((key_spec, "key", plan.rotary[layer]), (value_spec, "value", None)):
-                fields = (name, f"{name}_grad", "exclude")
-                x, gradients, exclude = folder.read(fields, layer, len(plan.windows), device)
-                # Distinct seeds: stages of a table add up to 1,000, layers and roles step over them.
-                own_seed = seed + 2000 * layer + (1000 if name == "value" else 0)
-                learned.append(learn_tables(spec, x, gradients, exclude, rotary, iterations, own_seed))
-            (key, key_error), (value, value_error) = learned
-            folder.save_tables(layer, key, value, (key_error, value_error))
+    for layer in sorted(plan.rotary):
         key, value, found = folder.read_tables(layer)
         tables[layer] = (key, value)
         errors.append(found)
-        bar.set_postfix(key_error=f"{found[0]:.3f}", value_error=f"{found[1]:.3f}")
     means = torch.tensor(errors).mean(0).tolist()
     return tables, {"key": round(means[0], 4), "value": round(means[1], 4)}
 

@@ -57,7 +57,7 @@ def window_statistics(
                 f"the attention of layer {missing[0]} of {type(model).__name__} was not seen: its attention does not "
                 "go through transformers' AttentionInterface, so it cannot be calibrated (add it to skip_layers?)"
             )
-        nll, gradient = nll_gradient(logits.detach(), windows)
+        nll, gradient = nll_gradient(logits.detach(), windows.to(logits.device))
         logits.backward(gradient)
         del logits, gradient
     out: list[dict[int, LayerStatistics]] = [{} for _ in range(len(windows))]
@@ -107,6 +107,7 @@ def unrotated_gradient(gradient: torch.Tensor, rotary: Rotary, positions: torch.
 
 def _sampled(attended: Attended, rotary: Rotary | None, kept: torch.Tensor, layer: int) -> list[LayerStatistics]:
     """The kept tokens of one layer, in the form in which they are coded, a `LayerStatistics` for each window."""
+    kept = kept.to(attended.key.device)  # layers may be spread over several
 
     def sample(x: torch.Tensor) -> torch.Tensor:  # (batch, kv_heads, n, d) -> (batch, kv_heads, m, d) float32
         index = kept.view(len(kept), 1, -1, 1).expand(-1, x.shape[1], -1, x.shape[3])

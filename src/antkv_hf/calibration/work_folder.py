@@ -45,10 +45,12 @@ class WorkFolder:
         self.table_hash = digest({**table_settings, "statistics": self.hash})
         self._windows, self._tables = path / "windows", path / f"tables-{self.table_hash}"
         manifest = path / "manifest.json"
-        if manifest.exists():
+        if known := manifest.exists():
             self._compare(manifest, settings)
         self._windows.mkdir(parents=True, exist_ok=True)
         self._tables.mkdir(exist_ok=True)
+        if known:
+            return
         part = manifest.with_name("manifest.json.part")
         part.write_text(json.dumps({"hash": self.hash, "settings": settings}, indent=2) + "\n", encoding="utf-8")
         os.replace(part, manifest)
@@ -120,6 +122,15 @@ class WorkFolder:
 
     def _tables_file(self, layer: int) -> Path:
         return self._tables / f"{layer:04d}.safetensors"
+
+
+def check_shared(path: Path, rank: int) -> None:
+    """Raises ValueError if process `rank` does not see the folder that process 0 has begun."""
+    if not (path / "manifest.json").exists():
+        raise ValueError(
+            f"process {rank} does not see the work_dir {path} of process 0: give one on a file system that all "
+            "machines share, or run on one machine"
+        )
 
 
 def to_half(x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ A vector is coded as ``x = mean + basis(concat_g(sum_s centroid[g, s, code[g, s]
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -39,6 +40,10 @@ class VQTables:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> VQTables:
+        """Tables with `change` applied to each tensor."""
+        return VQTables(**{name: change(t) for name, t in self.tensors().items()})
 
     def check(self, spec: VQSpec, kv_heads: int, head_dim: int) -> None:
         """Raises ValueError naming the first tensor whose shape does not fit, or that is missing or not finite."""

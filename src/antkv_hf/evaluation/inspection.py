@@ -12,6 +12,7 @@ from ..attention.backends import select_backend
 from ..cache.cache import AnTKVCache
 from ..cache.persistence import FORMAT_VERSION, read_cache_file
 from ..codebook import AnTKVCodebook, describe_model
+from ..codebook_card import measured_table
 from ..config import BITS_TO_SPEC, OTT, SCALAR_BITS, AnTKVConfig, ScalarSpec, VQSpec
 
 _KINDS = {  # buffer of a saved layer -> name in `MemoryFootprint`
@@ -22,18 +23,20 @@ _KINDS = {  # buffer of a saved layer -> name in `MemoryFootprint`
 }  # fmt: skip
 
 
-def inspect_codebook(place: str, model: str | None = None) -> dict[str, Any]:
-    """A codebook (folder or Hub repo) as JSON-ready facts; `model` says whether it fits that model's config.
+def inspect_codebook(place: str, model: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """A codebook (folder, or a revision of a Hub repo) as JSON-ready facts; `model`: whether it fits its config.
 
     Raises:
         FileNotFoundError, ValueError: as `AnTKVCodebook.from_pretrained`; ValueError also if it does not fit.
     """
-    codebook = AnTKVCodebook.from_pretrained(place)
+    codebook = AnTKVCodebook.from_pretrained(place, revision=revision)
     config, facts = codebook.config, codebook.model
     assert config.key is not None and config.value is not None
     cache = AnTKVCache(model_config(model) if model is not None else codebook.model_config(), codebook=codebook)
     return {
         "codebook": place,
+        "revision": None if Path(place).is_dir() else (codebook.source or {}).get("revision"),
+        "sha256": codebook.sha256,
         "fits": model,
         "model": {k: v for k, v in facts.items() if k != "text_config"},
         "layers": sorted(codebook.tables),
@@ -44,11 +47,22 @@ def inspect_codebook(place: str, model: str | None = None) -> dict[str, Any]:
             "values": config.value.bits_per_element,
             "with_anchors": round(_bits_with_anchors(config, facts), 3),
         },
+        "layer_tables": [_layer_tables(codebook, layer) for layer in sorted(codebook.tables)],
         "table_bytes": codebook.tables_bytes(),
         "backends": _backends(config.backend),
         "calibration": codebook.calibration,
         "evaluation": codebook.evaluation,
     }
+
+
+def _layer_tables(codebook: AnTKVCodebook, layer: int) -> dict[str, Any]:
+    """Specs, bases and bytes of one layer's tables."""
+    row: dict[str, Any] = {"layer": layer, "table_bytes": 0}
+    for role, tables in zip(("key", "value"), codebook.tables[layer]):
+        row[f"{role}_spec"] = str(getattr(codebook.config, role))
+        row[f"{role}_basis"] = "dense" if tables.permutation is None else "permutation"
+        row["table_bytes"] += sum(t.numel() * t.element_size() for t in tables.tensors().values())
+    return row
 
 
 def inspect_model(name: str) -> dict[str, Any]:
@@ -164,24 +178,45 @@ def format_inspection(found: dict[str, Any]) -> str:
     config, bits = found["config"], found["bits"]
     anchors = config["anchors"]
     form = "before RoPE" if config["rope"] == "pre" else "as they come"
+    commit = f" at commit {found['revision']}" if found["revision"] else ""
     lines = [
         f"Codebook of {model['base_model']} ({model['model_type']}): {shape}",
+        f"  from        {found['codebook']}{commit}",
+        f"  sha256      {found['sha256']}, of the tables",
         *([f"  fits        {found['fits']}"] if found["fits"] else []),
         f"  keys        {config['key']}, {bits['keys']:g} bits; coded {form}",
         f"  values      {config['value']}, {bits['values']:g} bits",
         f"  anchors     {anchors['fraction']:.1%} {anchors['dtype']} by {anchors['score']}, {anchors['sinks']} sinks",
         f"  in all      about {bits['with_anchors']:g} bits an element, past the exact window of {config['window']}",
-        f"  tables      {found['table_bytes'] / 1e6:.1f} MB",
+        f"  tables      {found['table_bytes']:,} bytes",
+        *(f"              {line}" for line in _runs_of_layers(found["layer_tables"])),
         "  backend     " + ", ".join(f"{device}: {name}" for device, name in found["backends"].items()),
     ]
     if config["skip_layers"]:
         lines.append(f"  skipped     layers {', '.join(map(str, config['skip_layers']))}")
     lines.append("calibration" if found["calibration"] else "calibration: not recorded")
-    lines += [f"  {name:<12}{_plain(value)}" for name, value in found["calibration"].items()]
+    lines += [f"  {name.replace('_', ' '):<16}{_plain(value)}" for name, value in found["calibration"].items()]
     lines.append("evaluation" if found["evaluation"] else "evaluation: none yet; run antkv evaluate ... --save")
-    for row in found["evaluation"]:
-        lines.append("  " + ", ".join(f"{k} {v}" for k, v in row.items() if v is not None))
+    if found["evaluation"]:
+        lines += [f"  {line}" for line in measured_table(found["evaluation"], "text").splitlines()]
     return "\n".join(lines)
+
+
+def _runs_of_layers(rows: list[dict[str, Any]]) -> list[str]:
+    """One line for each run of neighbouring layers with the same specs, bases and bytes."""
+    lines, first = [], 0
+    for i, row in enumerate(rows):
+        following = rows[i + 1] if i + 1 < len(rows) else {}
+        if following.get("layer") == row["layer"] + 1 and {**following, "layer": 0} == {**row, "layer": 0}:
+            continue
+        start, last = rows[first]["layer"], row["layer"]
+        lines.append(
+            (f"layer {last}" if start == last else f"layers {start}-{last}, each")
+            + f": keys {row['key_spec']} in a {row['key_basis']} basis, values {row['value_spec']} in a "
+            f"{row['value_basis']} basis, {row['table_bytes']:,} bytes"
+        )
+        first = i + 1
+    return lines
 
 
 def _plain(value: Any) -> str:

@@ -89,15 +89,19 @@ def _add_queries(
 
 @triton.jit
 def column_statistic_kernel(
-    p_query, p_keys, p_values, p_output, p_lse, p_mask, p_first_query, p_statistic, p_out,
+    p_query, p_keys, p_values, p_output, p_lse, p_mask, p_first_query, p_statistic, p_out, p_lengths,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt, stride_mb, stride_mh, stride_mt, stride_mn,
-    heads, kv_heads, q_len, kv_len, first_column, splits, stride, scale, softcap,
+    heads, kv_heads, q_len, kv_len, first_column, rows, splits, stride, scale, softcap,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, TERM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, FAR: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_STATISTIC: tl.constexpr,
+    STATIC: tl.constexpr,
 ):  # fmt: skip
     """out[split, bh, j] = statistic[bh, j] + sum over this split's queries i and heads of w_ij term_ij.
+
+    Statistics have `rows` places a kv head. If STATIC, `p_lengths` holds first_column and how many keys there are, and
+    `p_first_query` the first key of each sequence that is no padding.
 
     A program has BN keys of one kv head. BN divides BLOCK and blocks are cut at absolute columns, so that all keys of a
     program have the same near queries. Rows count from the first query, whose key column is `first_index`.
@@ -106,9 +110,14 @@ def column_statistic_kernel(
     split = tl.program_id(1)
     b = (bh // kv_heads).to(tl.int64)
     h = (bh % kv_heads).to(tl.int64)
+    if STATIC:
+        first_column = tl.load(p_lengths)
+        kv_len = first_column + tl.load(p_lengths + 1)
     first_of_block = (first_column // BN + tl.program_id(0) // heads) * BN
     column = first_of_block + tl.arange(0, BN)
     m_column = (column >= first_column) & (column < kv_len)
+    if STATIC:
+        m_column = m_column & (column >= tl.load(p_first_query + b))
     token = (column - first_column).to(tl.int64)
     d = tl.arange(0, BD)
     key = tl.load(
@@ -166,11 +175,12 @@ def column_statistic_kernel(
     )  # fmt: skip
 
     total = tl.sum(acc, 1)
-    n = kv_len - first_column
-    o_row = bh.to(tl.int64) * n
+    o_row = bh.to(tl.int64) * rows
     if HAS_STATISTIC:
         total += tl.load(p_statistic + o_row + token, mask=m_column, other=0.0)
-    tl.store(p_out + split.to(tl.int64) * heads * n + o_row + token, total, mask=m_column)
+    if STATIC:
+        tl.debug_barrier()  # in place: every warp has loaded before one stores
+    tl.store(p_out + split.to(tl.int64) * heads * rows + o_row + token, total, mask=m_column)
 
 
 @triton.jit
@@ -178,7 +188,7 @@ def query_moment_kernel(
     p_query, p_first_query, p_moment, p_out, stride_qb, stride_qh, stride_qt,
     kv_heads, q_len, first_index, factor,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_MOMENT: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_MOMENT: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """out[part, bh] = moment[bh] + (factor sum |q|^2, number of queries), over ROWS (row, head of the group) pairs."""
     part = tl.program_id(0)
@@ -208,6 +218,8 @@ def query_moment_kernel(
         total += tl.load(p_moment + bh * 2)
         counted += tl.load(p_moment + bh * 2 + 1)
     p_out += (part.to(tl.int64) * tl.num_programs(1) + bh) * 2
+    if IN_PLACE:
+        tl.debug_barrier()
     tl.store(p_out, total)
     tl.store(p_out + 1, counted)
 
@@ -298,13 +310,13 @@ def column_statistic(
         splits = _splits(blocks * batch * kv_heads, triton.cdiv(rows, queries), keys.device)
     parts = out if splits == 1 else out.new_empty(splits, batch, kv_heads, n)
     column_statistic_kernel[(blocks * batch * kv_heads, splits)](
-        query, keys, values, output, lse, query if mask is None else mask, first_query, statistic, parts,
+        query, keys, values, output, lse, query if mask is None else mask, first_query, statistic, parts, None,
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *output.stride()[:3], *lse.stride(),
-        *mask_strides, batch * kv_heads, kv_heads, q_len, kv_len, first_column, splits, stride, scale,
-        1.0 if softcap is None else softcap,
+        *mask_strides, batch * kv_heads, kv_heads, q_len, kv_len, first_column, n, splits, stride,
+        scale, 1.0 if softcap is None else softcap,
         G=group, D=dim, DV=value_dim, BD=head_block(dim), BDV=head_block(value_dim), BN=columns, BM=queries, TERM=term,
         CAUSAL=is_causal and kind == "none", MASK=kind, SOFTCAP=softcap is not None, FAR=stride > 1,
-        HAS_FIRST=first_query is not None, HAS_STATISTIC=splits == 1 and statistic is not None,
+        HAS_FIRST=first_query is not None, HAS_STATISTIC=splits == 1 and statistic is not None, STATIC=False,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out if splits == 1 else _sum_of_parts(parts, statistic, out)
@@ -342,7 +354,7 @@ def query_moment(
     query_moment_kernel[(parts, batch * kv_heads)](
         query, first_query, moment, out, *query.stride()[:3], kv_heads, q_len, kv_len - q_len, scale * scale / dim,
         G=group, D=dim, BD=block, BM=min(32, triton.next_power_of_2(max(1, q_len * group))), ROWS=MOMENT_ROWS,
-        HAS_FIRST=first_query is not None, HAS_MOMENT=parts == 1 and moment is not None, num_warps=4,
+        HAS_FIRST=first_query is not None, HAS_MOMENT=parts == 1 and moment is not None, IN_PLACE=False, num_warps=4,
     )  # fmt: skip
     return out[0] if parts == 1 else _sum_of_parts(out, moment, torch.empty_like(out[0]))
 

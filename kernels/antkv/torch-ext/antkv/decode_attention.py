@@ -153,7 +153,7 @@ def attend_exact(
     return maximum, total, acc
 
 
-_COUNTS = ["n_codes", "n_anchors", "n_sinks", "n_tail", "splits", "bits_width"]
+_COUNTS = ["n_codes", "n_anchors", "n_sinks", "n_tail", "code_rows", "anchor_rows", "tail_rows", "splits", "bits_width"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -163,20 +163,31 @@ def decode_kernel(
     p_channels, p_frequency, p_pair_scale, p_mean, p_turns,
     p_anchor_positions, p_anchor_keys, p_anchor_values, p_anchor_key_scale, p_anchor_value_scale,
     p_sink_positions, p_sink_keys, p_sink_values, p_tail_keys, p_tail_values,
-    p_mask, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_n,
-    n_codes, n_anchors, n_sinks, n_tail, splits, bits_width, scale, softcap,
-    B, H: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, Q_LEN: tl.constexpr, BR: tl.constexpr,
+    p_mask, stride_mask_b, stride_mask_h, stride_mask_q, stride_mask_n, p_lengths,
+    n_codes, n_anchors, n_sinks, n_tail, code_rows, anchor_rows, tail_rows, splits, bits_width, scale, softcap,
+    B, H: tl.constexpr, LANES: tl.constexpr, PITCH: tl.constexpr,
+    GROUP: tl.constexpr, Q_LEN: tl.constexpr, BR: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
     K_GROUPS: tl.constexpr, K_STAGES: tl.constexpr, K_BITS: tl.constexpr, K_SUB: tl.constexpr, K_WIDTH: tl.constexpr,
     V_GROUPS: tl.constexpr, V_STAGES: tl.constexpr, V_BITS: tl.constexpr, V_SUB: tl.constexpr, V_WIDTH: tl.constexpr,
     DTYPE: tl.constexpr, ANCHOR_DTYPE: tl.constexpr, SINK_DTYPE: tl.constexpr, TAIL_DTYPE: tl.constexpr,
     ANCHORS: tl.constexpr, ROTATES: tl.constexpr,
-    HAS_SINKS: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
+    HAS_SINKS: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
-    """One split: partial outputs ``(B, H, 2 * splits, GROUP * Q_LEN, DV)``, all of codes first, and softmax states."""
-    # Programs that share an SM should share a head, whose tables fill its L1: SMs are dealt programs in order, and the
-    # number of SMs is a multiple of LANES, so heads alternate by LANES.
+    """One split: partial outputs ``(B, H, 2 * splits, GROUP * Q_LEN, DV)``, all of codes first, and softmax states.
+
+    Buffers have `code_rows`, `anchor_rows` and `tail_rows` tokens a kv head. If STATIC, how many of them count is read
+    from `p_lengths`, and tokens before `p_offset` are not visible (no mask says so then).
+    """
+    if STATIC:
+        n_codes = tl.load(p_lengths)
+        n_tail = tl.load(p_lengths + 1)
+        n_anchors = tl.load(p_lengths + 2)
+    # Programs that share an SM should share a head, whose tables fill its L1. SMs are dealt programs in order: with as
+    # many pairs as SMs those PITCH apart become neighbours; with more, heads alternate by LANES, which divides the SMs.
     pid = tl.program_id(0)
+    if PITCH > 0:
+        pid = pid % PITCH * 2 + pid // PITCH
     lane = pid % LANES
     rest = pid // LANES
     split = rest % splits
@@ -212,10 +223,12 @@ def decode_kernel(
     HAS_EXACT: tl.constexpr = (ANCHORS != "none") or HAS_SINKS
     share = tl.cdiv(tl.cdiv(n_codes, BN), splits) * BN
     first = split * share
+    last = tl.minimum(first + share, n_codes)
+    if STATIC:
+        first = tl.maximum(first, offset)
     code_maximum, code_total, code_acc = attend_codes(
-        qx, qy, first, tl.minimum(first + share, n_codes), p_key_codes + bh * n_codes * K_WIDTH,
-        p_value_codes + bh * n_codes * V_WIDTH, p_bits + bh * bits_width,
-        p_key_table + h * (K_GROUPS * K_STAGES * K_SUB << K_BITS),
+        qx, qy, first, last, p_key_codes + bh * code_rows * K_WIDTH, p_value_codes + bh * code_rows * V_WIDTH,
+        p_bits + bh * bits_width, p_key_table + h * (K_GROUPS * K_STAGES * K_SUB << K_BITS),
         p_value_table + h * (V_GROUPS * V_STAGES * V_SUB << V_BITS),
         p_turns + h * (TURNS * D), frequency, m_pair, mean_x, mean_y, offset, p_mask, stride_mask_h, stride_mask_q,
         stride_mask_n, head_of_row, query_of_row, m_row, softcap, maximum, acc,
@@ -235,9 +248,9 @@ def decode_kernel(
         share = tl.cdiv(tl.cdiv(n_anchors, BM), splits) * BM
         first = split * share
         maximum, total, acc = attend_exact(
-            qx, qy, first, tl.minimum(first + share, n_anchors), p_anchor_positions + bh * n_anchors,
-            p_anchor_keys + bh * n_anchors * D, p_anchor_values + bh * n_anchors * DV,
-            p_anchor_key_scale + bh * n_anchors, p_anchor_value_scale + bh * n_anchors, channel_x, channel_y,
+            qx, qy, first, tl.minimum(first + share, n_anchors), p_anchor_positions + bh * anchor_rows,
+            p_anchor_keys + bh * anchor_rows * D, p_anchor_values + bh * anchor_rows * DV,
+            p_anchor_key_scale + bh * anchor_rows, p_anchor_value_scale + bh * anchor_rows, channel_x, channel_y,
             m_pair, frequency, pair_scale, mean_x, mean_y, offset, 0, p_mask, stride_mask_h, stride_mask_q,
             stride_mask_n, head_of_row, query_of_row, m_row, last_of_row, softcap, maximum, total, acc,
             D, DV, BDV, BM, ANCHOR_DTYPE, ANCHORS, ROTATES, SOFTCAP, MASK,
@@ -252,10 +265,13 @@ def decode_kernel(
         )  # fmt: skip
     share = tl.cdiv(tl.cdiv(n_tail, BM), splits) * BM
     first = (splits - 1 - split) * share  # the last splits have fewest anchors
+    last = tl.minimum(first + share, n_tail)
+    if STATIC:
+        first = tl.maximum(first, offset - n_codes)
     maximum, total, acc = attend_exact(
-        qx, qy, first, tl.minimum(first + share, n_tail), p_offset, p_tail_keys + bh * n_tail * D,
-        p_tail_values + bh * n_tail * DV, p_tail_keys, p_tail_keys, channel_x, channel_y, m_pair,
-        frequency, pair_scale, mean_x, mean_y, offset, n_codes, p_mask, stride_mask_h, stride_mask_q, stride_mask_n,
+        qx, qy, first, last, p_offset, p_tail_keys + bh * tail_rows * D, p_tail_values + bh * tail_rows * DV,
+        p_tail_keys, p_tail_keys, channel_x, channel_y, m_pair, frequency, pair_scale, mean_x, mean_y, offset, n_codes,
+        p_mask, stride_mask_h, stride_mask_q, stride_mask_n,
         head_of_row, query_of_row, m_row, last_of_row, softcap, maximum, total, acc,
         D, DV, BDV, BM, TAIL_DTYPE, "tail", ROTATES, SOFTCAP, MASK,
     )  # fmt: skip
@@ -282,6 +298,7 @@ def decode_attention(
 
     Args:
         query: ``(batch, q_heads, q_len, head_dim)`` after RoPE, with ``q_heads / kv_heads * q_len <= 64``.
+        past: see `QuantizedPast`; with its `lengths`, the tail may have unused tokens at its end as well.
         tail_keys, tail_values: ``(batch, kv_heads, tail, dim)``, the newest tokens, keys after RoPE, contiguous.
         is_causal: without a mask, query r sees keys up to ``past.length + tail - q_len + r``; else all.
         scale: factor on q.k. softcap: ``softcap * tanh(logit / softcap)``.
@@ -298,9 +315,9 @@ def decode_attention(
     batch, q_heads, q_len, dim = query.shape
     heads, tail, value_dim = tail_keys.shape[1], tail_keys.shape[2], tail_values.shape[3]
     group = q_heads // heads
-    rows, n_codes = group * q_len, past.length
+    rows, n_codes, lengths = group * q_len, past.length, past.lengths
     keys, values = past.key_tables, past.value_tables
-    require(n_codes > 0, "0 coded tokens: without a quantized past any attention kernel will do")
+    require(n_codes > 0 or lengths is not None, "0 coded tokens: without a quantized past any attention kernel will do")
     check_past(past)
     require(q_heads % heads == 0, f"{q_heads} query heads do not share {heads} kv heads evenly")
     require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; decode attention takes 1 to {MAX_ROWS}")
@@ -321,36 +338,40 @@ def decode_attention(
         tables_of == ((heads, dim), (heads, value_dim)), f"tables of {tables_of}, query and tail of {heads} x {dim}"
     )
     require(keys.centroids.dtype == values.centroids.dtype, "key and value tables have different dtypes")
-    bits = (batch, heads, triton.cdiv(n_codes, 8))
+    bits = (batch, heads, triton.cdiv(past.capacity, 8))
     fits = tuple(past.exact_bits.shape) == bits and past.exact_bits.is_contiguous()
     require(fits, f"exact_bits have shape {tuple(past.exact_bits.shape)}; {bits}, contiguous, is needed")
     fits = sink_logit is None or (tuple(sink_logit.shape) == (q_heads,) and sink_logit.is_contiguous())
     require(fits, f"sink_logit must be contiguous and of shape ({q_heads},)")
     fits = out is None or (out.shape == (batch, q_heads, q_len, value_dim) and out.is_contiguous())
     require(fits, f"out must be contiguous and of shape {(batch, q_heads, q_len, value_dim)}")
+    fits = lengths is None or (lengths.shape == (3,) and lengths.dtype == torch.int32 and lengths.is_contiguous())
+    require(fits, "lengths must be contiguous, int32 and of shape (3,)")
     anchors, sinks = sort_exact(past.exact)
     n_anchors = 0 if anchors is None else anchors.positions.shape[2]
     n_sinks = 0 if sinks is None else sinks.positions.shape[2]
     block, value_block = head_block(dim), head_block(value_dim)
     row_block = max(MIN_ROWS, triton.next_power_of_2(rows))
     dtype = tl.float32 if keys.centroids.dtype == torch.float32 else tl.float16
-    splits, lanes = plan_splits(n_codes, batch, heads, query.device)
+    splits, lanes, pitch = plan_splits(max(1, n_codes), batch, heads, query.device)
 
     options = dict(device=query.device, dtype=torch.float32)
     partial = torch.empty(batch, heads, 2 * splits, rows, value_dim, **options)
     state = torch.empty(2, batch, heads, 2 * splits, rows, **options)
     lse = torch.empty(batch, q_heads, q_len, **options)
     out = torch.empty(batch, q_heads, q_len, value_dim, device=query.device, dtype=query.dtype) if out is None else out
-    mask, kind, strides = mask_arguments(mask, batch, q_heads, q_len, n_codes + tail)
+    columns = mask.shape[-1] if mask is not None and lengths is not None else n_codes + tail
+    mask, kind, strides = mask_arguments(mask, batch, q_heads, q_len, columns)
     a = pointers(anchors, query)
     s = pointers(sinks, query)
     decode_kernel[(batch * heads * splits,)](
         query, *query.stride()[:3], partial, state[0], state[1],
         past.key_codes, past.value_codes, past.exact_bits, past.offset, keys.centroids, values.centroids,
         keys.channels, keys.frequency, keys.pair_scale, keys.mean, keys.turns, *a, *s[:3], tail_keys, tail_values,
-        query if mask is None else mask, *strides,
-        n_codes, n_anchors, n_sinks, tail, splits, past.exact_bits.shape[-1], scale, softcap or 0.0,
-        batch, H=heads, LANES=lanes, GROUP=group, Q_LEN=q_len, BR=row_block,
+        query if mask is None else mask, *strides, query if lengths is None else lengths,
+        n_codes, n_anchors, n_sinks, tail, past.capacity, n_anchors, tail, splits, past.exact_bits.shape[-1], scale,
+        softcap or 0.0,
+        batch, H=heads, LANES=lanes, PITCH=pitch, GROUP=group, Q_LEN=q_len, BR=row_block,
         D=dim, DV=value_dim, BD=block, BDV=value_block, **tile_options(block, row_block, dtype == tl.float32),
         K_GROUPS=keys.codes.groups, K_STAGES=keys.codes.stages, K_BITS=keys.codes.code_bits, K_SUB=keys.codes.sub_dim,
         K_WIDTH=keys.codes.width, V_GROUPS=values.codes.groups, V_STAGES=values.codes.stages,
@@ -359,7 +380,7 @@ def decode_attention(
         TAIL_DTYPE=triton_dtype(tail_keys.dtype),
         ANCHORS="none" if anchors is None else "plain" if anchors.key_scale is None else "int8",
         ROTATES=keys.rotates, HAS_SINKS=sinks is not None, CAUSAL=is_causal and mask is None,
-        SOFTCAP=softcap is not None, MASK=kind,
+        SOFTCAP=softcap is not None, MASK=kind, STATIC=lengths is not None,
     )  # fmt: skip
     merge_splits(partial, state, values, sink_logit, out, lse)
     return out, lse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,17 +20,27 @@ MIN_ROWS = 8  # of a tile: the least N of a tensor-core dot
 MAX_SPLITS = 128  # that one program of the merge holds at once
 
 
-def plan_splits(n_codes: int, batch: int, heads: int, device: torch.device) -> tuple[int, int]:
-    """Programs a (sequence, kv head), and how many heads alternate (see the kernel)."""
+class Plan(NamedTuple):
+    """Programs a (sequence, kv head), and their order (see the kernel): alternating heads, or pairs `pitch` apart."""
+
+    splits: int
+    lanes: int = 1
+    pitch: int = 0
+
+
+def plan_splits(n_codes: int, batch: int, heads: int, device: torch.device) -> Plan:
+    """The plan for `n_codes` coded tokens of each of `batch` sequences and `heads` kv heads."""
     most = min(triton.cdiv(n_codes, MIN_SHARE), MAX_SPLITS)
     if device.type != "cuda":
-        return min(3, most), 1
+        return Plan(min(3, most))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     if batch * heads >= processors // 2:  # many short programs, a head after the other
-        return min(triton.cdiv(processors * MANY_PROGRAMS, batch * heads), most), 1
-    lanes = next(n for n in (4, 2, 1) if heads % n == 0 and processors % n == 0)
-    wanted = processors * (LONG_PROGRAMS if n_codes > LONG else FEW_PROGRAMS) // (batch * heads)
-    return max(1, min(wanted, most)), lanes
+        return Plan(min(triton.cdiv(processors * MANY_PROGRAMS, batch * heads), most))
+    wanted = max(1, processors * (LONG_PROGRAMS if n_codes > LONG else FEW_PROGRAMS) // (batch * heads))
+    programs = wanted * batch * heads
+    if n_codes <= LONG and wanted <= most and programs % 2 == 0:  # one wave of pairs
+        return Plan(wanted, pitch=programs // 2)
+    return Plan(min(wanted, most), lanes=next(n for n in (4, 2, 1) if heads % n == 0 and processors % n == 0))
 
 
 def tile_options(block: int, rows: int, float32: bool) -> dict[str, int]:

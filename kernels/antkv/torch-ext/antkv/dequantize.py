@@ -39,7 +39,7 @@ def rotate_pairs(x, y, positions, p_frequency, p_pair_scale, pair, m_pair):
 @triton.jit
 def dequantize_keys_kernel(
     p_codes, p_centroids, p_mean, p_channels, p_frequency, p_pair_scale, p_offset, p_out,
-    start, count, length, heads, stride_ob, stride_oh, stride_on,
+    start, count, capacity, heads, stride_ob, stride_oh, stride_on,
     D: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr, CODE_BITS: tl.constexpr,
     SUB_DIM: tl.constexpr, WIDTH: tl.constexpr, ROTATES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def dequantize_keys_kernel(
     batch, head = row // heads, row % heads
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = n < count
-    p_rows = p_codes + (row * length + start + n) * WIDTH
+    p_rows = p_codes + (row * capacity + start + n) * WIDTH
     p_table = p_centroids + ((head * GROUPS * STAGES) << CODE_BITS) * SUB_DIM
     first = first_codes(p_rows, m_n, GROUPS, BG, STAGES, CODE_BITS, WIDTH)
     latent = gather_latent(p_rows, m_n, first, p_table, GROUPS, BG, STAGES, CODE_BITS, SUB_DIM, WIDTH)
@@ -76,7 +76,7 @@ def dequantize_keys_kernel(
 @triton.jit
 def dequantize_values_kernel(
     p_codes, p_centroids, p_mean, p_synthesis, p_out,
-    start, count, length, heads, stride_ob, stride_oh, stride_on,
+    start, count, capacity, heads, stride_ob, stride_oh, stride_on,
     DV: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr, CODE_BITS: tl.constexpr,
     SUB_DIM: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def dequantize_values_kernel(
     batch, head = row // heads, row % heads
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_n = n < count
-    p_rows = p_codes + (row * length + start + n) * WIDTH
+    p_rows = p_codes + (row * capacity + start + n) * WIDTH
     p_table = p_centroids + ((head * GROUPS * STAGES) << CODE_BITS) * SUB_DIM
     first = first_codes(p_rows, m_n, GROUPS, BG, STAGES, CODE_BITS, WIDTH)
     latent = gather_latent(p_rows, m_n, first, p_table, GROUPS, BG, STAGES, CODE_BITS, SUB_DIM, WIDTH)
@@ -208,7 +208,7 @@ def _launch_keys(past: QuantizedPast, start: int, keys: torch.Tensor) -> None:
     tile = min(64, TILE // (groups * codes.sub_dim))
     dequantize_keys_kernel[(triton.cdiv(count, tile), batch * heads)](
         past.key_codes, tables.centroids, tables.mean, tables.channels, tables.frequency, tables.pair_scale,
-        past.offset, keys, start, count, past.length, heads, *keys.stride()[:3],
+        past.offset, keys, start, count, past.capacity, heads, *keys.stride()[:3],
         D=dim, GROUPS=codes.groups, BG=groups, STAGES=codes.stages, CODE_BITS=codes.code_bits, SUB_DIM=codes.sub_dim,
         WIDTH=codes.width, ROTATES=tables.rotates, BN=tile, num_warps=4,
     )  # fmt: skip
@@ -223,7 +223,7 @@ def _launch_values(past: QuantizedPast, start: int, values: torch.Tensor) -> Non
     tile = 64 if groups * codes.sub_dim <= 128 else 32
     dequantize_values_kernel[(triton.cdiv(count, tile), batch * heads)](
         past.value_codes, tables.centroids, tables.mean, tables.synthesis, values,
-        start, count, past.length, heads, *values.stride()[:3],
+        start, count, past.capacity, heads, *values.stride()[:3],
         DV=dim, GROUPS=codes.groups, BG=groups, STAGES=codes.stages, CODE_BITS=codes.code_bits, SUB_DIM=codes.sub_dim,
         WIDTH=codes.width, BN=tile, BC=VALUE_COLUMNS, PRECISION=precision, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from .checks import head_block, mask_arguments, require
 from .softmax import LOG2E
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CUDNN_QUERIES = 1024  # fewer are not worth a plan of their own
 MAX_HEAD_DIM = 256
 
 
@@ -188,7 +189,8 @@ def exact_attention(
 
     PyTorch's is called for 16-bit tensors on CUDA (sm_80 or newer) without mask and softcap, with equal head sizes
     that are multiples of 8 up to 256. It takes fewer kv heads than query heads as they are, and counts causality from
-    the last key: ``causal_offset == n - q_len`` (torch/nn/attention/bias.py, `CausalVariant.LOWER_RIGHT`).
+    the last key: ``causal_offset == n - q_len`` (torch/nn/attention/bias.py, `CausalVariant.LOWER_RIGHT`). On sm_90 and
+    newer many queries go to cuDNN, which is faster there and counts causality from the first key.
 
     Args, returns and raises as `flash_attention`.
     """
@@ -196,6 +198,11 @@ def exact_attention(
     if causal_offset is not None and causal_offset >= keys.shape[2] - 1:
         causal_offset = None  # even the first query sees every key
     if mask is None and softcap is None and _library_answers(query, keys, values, causal_offset):
+        if cudnn_answers(query, keys.shape[2], causal_offset):
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                query, keys, values, None, True, 0.0, causal_offset is not None, scale=scale
+            )
+            return out, lse.view(query.shape[:3])
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, keys, values, 0.0, causal_offset is not None, scale=scale
         )
@@ -218,6 +225,15 @@ def _library_answers(query: torch.Tensor, keys: torch.Tensor, values: torch.Tens
     # It loads 16 bytes at a time.
     aligned = all(x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:3]) for x in (query, keys, values))
     return aligned and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def cudnn_answers(query: torch.Tensor, kv_len: int, causal_offset: int | None) -> bool:
+    """Whether PyTorch's cuDNN kernel is the one to ask, where PyTorch has a kernel at all."""
+    if torch.version.cuda is None or not torch.backends.cuda.cudnn_sdp_enabled() or not query.is_cuda:
+        return False
+    square = causal_offset is None or (causal_offset == 0 and query.shape[2] == kv_len)
+    fits = query.dtype != torch.float32 and query.shape[3] <= 128 and query.shape[2] >= CUDNN_QUERIES
+    return square and fits and torch.cuda.get_device_capability(query.device) >= (9, 0)
 
 
 def _tiles(dim: int, dtype: torch.dtype, q_len: int, masked: bool) -> tuple[int, int, int, int]:

@@ -29,12 +29,19 @@ class ExactTokens(NamedTuple):
 class QuantizedPast(NamedTuple):
     """Codes of the tokens at indices 0, 1, ... and the exact tokens among them.
 
+    Buffers may be larger than what they hold (`coded`): n is then their capacity, and unused slots of `exact` are -1.
+
     Args:
         key_codes, value_codes: uint8 ``(batch, kv_heads, n, width)``, contiguous.
         exact: sets of exact tokens; no token is in two of them.
         exact_bits: uint8 ``(batch, kv_heads, ceil(n / 8))``: bit ``t % 8`` of byte ``t // 8`` says that token t is
             among the exact ones, so that its code must not count.
         offset: int64 ``(batch,)``: a token's RoPE position is its index minus this (left padding).
+        coded: coded tokens, as the host knows them; None: n.
+        lengths: int32 ``(3,)``: coded tokens, tail tokens, slots in use of the large set of `exact`, on the device. If
+            given, decode attention reads them there and not from any shape, so that a CUDA graph of it stays right as
+            they grow; `coded` is then only what its programs are planned for, and a token at an index below `offset` is
+            not visible.
     """
 
     key_codes: torch.Tensor
@@ -44,8 +51,15 @@ class QuantizedPast(NamedTuple):
     exact: tuple[ExactTokens, ...]
     exact_bits: torch.Tensor
     offset: torch.Tensor
+    coded: int | None = None
+    lengths: torch.Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Coded tokens that the buffers have room for."""
+        return self.key_codes.shape[2]
 
     @property
     def length(self) -> int:
         """Coded tokens."""
-        return self.key_codes.shape[2]
+        return self.capacity if self.coded is None else self.coded

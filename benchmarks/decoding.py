@@ -1,0 +1,260 @@
+"""Caches filled with synthetic keys, values and codes, and the ways to decode that are compared over them.
+
+All decode through transformers' own ``generate``, so that what a step costs besides the model's forward is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from timing import time_side_by_side
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StoppingCriteria
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from antkv_hf import AnTKVCache, AnTKVCodebook, antkv_generate
+from antkv_hf.graphs import CudaGraph
+from antkv_hf.static_storage import Counts, StaticStorage
+from antkv_hf.storage import LayerStorage
+
+WARM_UP = 4  # steps before the clock starts: the prompt's last token, a warm-up, a capture, a replay
+FLASH = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token is there: ``generate`` has then waited for the one before it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def seconds_a_step(model, lane: Lane, cache, context: int, steps: int) -> float:
+    """Mean seconds of `steps` decode steps after `context` tokens, greedy, after `WARM_UP` ones; rewinds `cache`."""
+    model.set_attn_implementation(lane.implementation)
+    clock, new = Clock(), WARM_UP + steps
+    batch = lane.batch_of(cache)
+    ids = torch.full((batch, context + 1), 7, device=model.device)  # a cache continues the prompt that it has seen
+    model.generate(
+        ids, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+        stopping_criteria=[clock], custom_generate=lane.custom_generate,
+    )  # fmt: skip
+    lane.rewind(cache, new)
+    return (clock.times[-1] - clock.times[WARM_UP - 1]) / steps
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One way to decode. `make_cache` takes a batch, a context and how many tokens more there must be room for."""
+
+    name: str
+    implementation: str
+    make_cache: Callable[[int, int, int], Cache]
+    rewind: Callable[[Cache, int], None]
+    batch_of: Callable[[Cache], int]
+    custom_generate: Callable | None = None
+    warm_ups: int = 0  # rounds that are not timed: in the second one, encoding is captured
+
+
+def lanes(model, codebook: AnTKVCodebook) -> list[Lane]:
+    """DynamicCache; graph-captured attention over bfloat16; AnTKV with the host in every step; AnTKV as graphs."""
+    on_gpu = model.device.type == "cuda"
+    fastest = "flash"
+    if on_gpu:
+        fastest = _faster_library(model)
+        print(f"the bfloat16 baseline uses PyTorch's {fastest} attention, the faster one here at 1 x 32K")
+    AttentionInterface.register(
+        "ring", lambda *args, **kwargs: _ring_attention(fastest if on_gpu else None, *args, **kwargs)
+    )
+    AttentionMaskInterface.register("ring", lambda *args, **kwargs: None)
+
+    def dynamic(batch: int, context: int, room: int) -> Cache:
+        cache = DynamicCache(config=model.config)
+        for i in range(len(cache.layers)):
+            cache.update(*_random_keys(model, batch, context), i)
+        return cache
+
+    def grown(batch: int, context: int, room: int) -> Cache:
+        cache = AnTKVCache(model.config, codebook=codebook)
+        for i, layer in enumerate(cache.quantized_layers):
+            full = AnTKVCache(model.config, codebook=codebook, max_length=context).quantized_layers[i]
+            fill_layer(full, *_random_keys(model, batch, 0), context)
+            s = full.storage
+            layer.lazy_initialization(*_random_keys(model, batch, 0))
+            parts = {name: tensor.clone() for name, tensor in s.tensors().items()}
+            layer.storage = LayerStorage.from_tensors(s.codec, s.config, s.score, parts, s.backend)
+            layer.filled = copy.copy(layer.storage)
+        return cache
+
+    def static(batch: int, context: int, room: int) -> Cache:
+        cache = AnTKVCache(model.config, codebook=codebook, max_length=context + room)
+        for layer in cache.quantized_layers:
+            fill_layer(layer, *_random_keys(model, batch, 0), context)
+        return cache
+
+    def crop(cache: Cache, tokens: int) -> None:
+        cache.crop(-tokens)
+
+    return [
+        Lane("DynamicCache", "sdpa", dynamic, crop, lambda c: c.layers[0].keys.shape[0]),
+        Lane(
+            "bfloat16, graphs", "ring", lambda batch, context, room: RingCache(model, batch, context),
+            lambda cache, tokens: None, lambda c: c.layers[0].keys.shape[0], _ring_generate if on_gpu else None,
+        ),
+        Lane("AnTKV, eager", "antkv", grown, rewind_grown, lambda c: c.layers[0].batch_size),
+        Lane(
+            "AnTKV, graphs", "antkv", static, rewind_static, lambda c: c.layers[0].batch_size,
+            antkv_generate(cuda_graphs=True) if on_gpu else antkv_generate(), 2 if on_gpu else 0,
+        ),
+    ]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- filling
+def _random_keys(model, batch: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    text = model.config
+    shape = batch, text.num_key_value_heads, n, text.head_dim
+    keys, values = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+    return keys, values
+
+
+def fill_layer(layer, keys: torch.Tensor, values: torch.Tensor, context: int) -> None:
+    """Puts `context` random tokens into an empty static layer, in place: random codes, anchors, sinks and tail."""
+    layer.lazy_initialization(keys, values)
+    storage = layer.storage
+    assert isinstance(storage, StaticStorage)
+    b, window, chunk = storage.buffers, storage.config.window, storage.config.chunk
+    coded = max((context - window) // chunk * chunk, 0)
+    slots = coded // chunk * storage.slots_per_chunk
+    for codes in (b.key_codes, b.value_codes):
+        codes.random_(0, 256)
+    for tail in (b.tail_keys, b.tail_values):
+        tail.normal_()
+    device = storage.offset.device
+    if b.sinks is not None and coded:
+        b.sinks.positions.copy_(torch.arange(b.sinks.positions.shape[2], device=device))
+        b.sinks.keys.normal_()
+        b.sinks.values.normal_()
+        storage._mark(b.sinks.positions)
+    if b.anchors is not None and slots:
+        first = torch.arange(0, coded, chunk, device=device).unsqueeze(1)
+        place = torch.arange(storage.slots_per_chunk, device=device) * (chunk // storage.slots_per_chunk) + chunk // 8
+        b.anchors.positions[:, :, :slots] = (first + place).flatten()
+        b.anchors.keys.random_(-127, 128)
+        b.anchors.values.random_(-127, 128)
+        for scale in (b.anchors.key_scale, b.anchors.value_scale):
+            if scale is not None:
+                scale.fill_(0.01)
+        storage._mark(b.anchors.positions)
+    b.statistic[:, :, : context - coded].uniform_()
+    storage.query_moment.fill_(1.0)
+    storage.set_counts(Counts(coded, context - coded, slots))
+
+
+def rewind_grown(cache: AnTKVCache, tokens: int) -> None:
+    """As it was filled: buffers of a storage that grows are never changed."""
+    for layer in cache.quantized_layers:
+        layer.storage = copy.copy(layer.filled)
+
+
+def rewind_static(cache: AnTKVCache, tokens: int) -> None:
+    """As many tokens fewer; what they left in the buffers stays there, as synthetic as before."""
+    for layer in cache.quantized_layers:
+        s = layer.storage
+        context, chunk = s.length - tokens, s.config.chunk
+        coded = max((context - s.config.window) // chunk * chunk, 0)
+        s.buffers.statistic[:, :, context - coded :] = 0
+        s.set_counts(Counts(coded, context - coded, coded // chunk * s.slots_per_chunk))
+
+
+# ------------------------------------------------------------------------------------------- the baseline in bfloat16
+class RingLayer(CacheLayerMixin):
+    """`context` keys and values of a layer; a new token takes the place of an old one, so lengths never change."""
+
+    is_compileable = is_croppable = is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.place = torch.zeros(1, dtype=torch.int64, device=keys.device)
+
+    def lazy_initialization(self, key_states, value_states) -> None: ...
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys.index_copy_(2, self.place, key_states)
+        self.values.index_copy_(2, self.place, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class RingCache(Cache):
+    def __init__(self, model, batch: int, context: int):
+        n = model.config.num_hidden_layers
+        super().__init__(layers=[RingLayer(*_random_keys(model, batch, context)) for _ in range(n)])
+
+
+def _ring_attention(library, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    with sdpa_kernel(FLASH[library] if library else SDPBackend.MATH):
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _faster_library(model) -> str:
+    text = model.config
+    keys, values = _random_keys(model, 1, 32768)
+    query = torch.randn(1, text.num_attention_heads, 1, text.head_dim, dtype=model.dtype, device=model.device)
+    competitors = {
+        name: [lambda name=name: _ring_attention(name, None, query, keys, values, None)] for name in FLASH
+    }  # fmt: skip
+    times = time_side_by_side(competitors, rounds=3)
+    return min(times, key=lambda name: times[name].median)
+
+
+class _RingModel:
+    """As `antkv_hf.graphs.GraphedModel`, for a cache whose lengths stay: one graph, captured at the third step."""
+
+    def __init__(self, model):
+        self._model, self._graph, self._calls = model, CudaGraph(torch.cuda.graph_pool_handle()), 0
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def __call__(self, input_ids, position_ids, past_key_values, **inputs):
+        self._calls += 1
+        if self._calls == 1:
+            self._ids, self._positions = input_ids.clone(), position_ids.clone()
+        self._ids.copy_(input_ids)
+        self._positions.copy_(position_ids)
+
+        def forward():
+            return self._model(input_ids=self._ids, position_ids=self._positions, past_key_values=past_key_values,
+                               use_cache=True, logits_to_keep=1).logits  # fmt: skip
+
+        if self._calls == 1:
+            logits = self._graph.warm_up(forward)
+        else:
+            if self._calls == 2:
+                self._graph.capture(forward)
+            logits = self._graph.replay()
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+
+def _ring_generate(model, input_ids, **kwargs):
+    return type(model)._sample(_RingModel(model), input_ids, **kwargs)

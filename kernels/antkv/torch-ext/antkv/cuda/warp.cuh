@@ -1,0 +1,149 @@
+// What a warp can do that C++ has no word for, as inline PTX: no header of CUDA is needed.
+// tests/kernels/emulator replaces this file to run the kernels on a CPU.
+
+typedef unsigned char uint8_t;
+typedef signed char int8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+
+#define DEVICE __device__ __forceinline__
+#define SHARED_MEMORY extern __shared__ __align__(1024) uint8_t shared_memory[];
+
+DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+
+// Four 8 x 8 matrices of 16 bits. Lane l gives the address of row l % 8 of matrix l / 8: any 16 aligned bytes.
+// Lane l receives elements 2 (l % 4) and one more of row l / 4 of each (of column l / 4, if transposed).
+DEVICE void load_matrices(uint32_t address, uint32_t (&r)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+// The same from memory that nobody writes any more, so that the compiler may move it; `settled` marks such an address.
+DEVICE void load_settled_matrices(uint32_t address, uint32_t (&r)[4]) {
+  asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+}
+template <int OFFSET>
+DEVICE void load_settled_transposed(uint32_t address, uint32_t (&r)[4]) {
+  asm("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address), "n"(OFFSET));
+}
+// After a barrier: nothing that uses the result moves before it.
+DEVICE uint32_t settled(uint32_t address) {
+  asm volatile("" : "+r"(address) : : "memory");
+  return address;
+}
+
+// c (16 x 8, float32) += a (16 x 16, float16) b (16 x 8, float16), spread over the lanes as PTX's m16n8k16 says.
+DEVICE void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two float16 times the low, and times the high float16 of `factors`.
+DEVICE void times_each(uint32_t xy, uint32_t factors, uint32_t& by_low, uint32_t& by_high) {
+  asm("{.reg .b16 low, high; .reg .b32 two;\n\t"
+      "mov.b32 {low, high}, %3; mov.b32 two, {low, low}; mul.f16x2 %0, %2, two;\n\t"
+      "mov.b32 two, {high, high}; mul.f16x2 %1, %2, two;}" : "=r"(by_low), "=&r"(by_high) : "r"(xy), "r"(factors));
+}
+DEVICE uint32_t pack_half2(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+DEVICE float half_to_float(uint16_t x) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x));
+  return out;
+}
+DEVICE float bfloat_to_float(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
+
+// base + 128 * (byte `byte` of w), in one instruction: a product of four bytes with four others, summed.
+DEVICE uint32_t times_128_plus(uint32_t w, int byte, uint32_t base) {
+  uint32_t out;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(w), "r"(128u << (8 * byte)), "r"(base));
+  return out;
+}
+DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+DEVICE float minus_infinity() { return __int_as_float(0xff800000); }
+DEVICE float exp2_fast(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+DEVICE float sin_fast(float x) {
+  float out;
+  asm("sin.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+DEVICE float cos_fast(float x) {
+  float out;
+  asm("cos.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float round_to_even(float x) { return rintf(x); }
+DEVICE float tanh_of(float x) { return tanhf(x); }
+DEVICE float largest(float a, float b) { return fmaxf(a, b); }
+
+DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE uint32_t shuffle_bits(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE uint32_t shuffle_bits_xor(uint32_t x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+
+// Read once, so it should not push the rest out of the L1 cache.
+DEVICE uint32_t load_once_16(const uint8_t* p) {
+  uint16_t out;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(out) : "l"(p));
+  return out;
+}
+DEVICE uint32_t load_once_32(const uint8_t* p) {
+  uint32_t out;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(out) : "l"(p));
+  return out;
+}
+DEVICE uint64_t load_once_64(const uint8_t* p) {
+  uint64_t out;
+  asm volatile("ld.global.nc.L1::no_allocate.u64 %0, [%1];" : "=l"(out) : "l"(p));
+  return out;
+}
+
+DEVICE void load_128(const void* p, uint32_t (&r)[4]) {
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
+}
+
+DEVICE void load_64(const void* p, uint32_t (&r)[2]) {
+  asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
+}
+DEVICE uint32_t load_32(const void* p) {
+  uint32_t out;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(out) : "l"(p));
+  return out;
+}
+// Asks for the line of `p` to be in the L2 cache.
+DEVICE void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
+DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
+
+DEVICE void store_shared_16(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.u16 [%0], %1;" : : "r"(address), "h"((uint16_t)x) : "memory");
+}
+DEVICE void store_shared_32(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;" : : "r"(address), "r"(x) : "memory");
+}
+DEVICE void store_shared_128(uint32_t address, uint32_t (&x)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" : : "r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+DEVICE uint32_t load_shared_32(uint32_t address) {
+  uint32_t out;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out) : "r"(address) : "memory");
+  return out;
+}
+DEVICE float load_shared_float(uint32_t address) { return __uint_as_float(load_shared_32(address)); }
+DEVICE void store_shared_float(uint32_t address, float x) { store_shared_32(address, __float_as_uint(x)); }

@@ -1,0 +1,322 @@
+"""Decode attention in CUDA C++ (cuda/*.cu), compiled at first use by NVRTC: no nvcc and no compiler is needed.
+
+It computes what `decode_attention.decode_attention` does, for 8-bit codes of 8 or 16 channels, heads of 64 or 128
+channels and up to 8 query rows a kv head; whoever asks for more gets a `ValueError` that says what has a kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .checks import require
+from .decode_plan import sort_exact
+from .dequantize import check_past
+from .merge_splits import merge_splits
+from .past import ExactTokens, QuantizedPast
+from .tables import KeyTables, ValueTables
+
+SOURCES = ("warp.cuh", "decode_codes.cuh", "decode_exact.cuh", "decode_attention.cu")
+FOLDER = Path(__file__).parent / "cuda"
+MAX_ROWS = 8
+HEAD_DIMS = (64, 128)
+MIN_CAPABILITY = (8, 0)
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+LOG2E = math.log2(math.e)
+OVERHEAD_SPANS = 3  # what the exact tokens and the sums of a share cost, in spans
+
+_POINTERS_FIRST = ("partial", "partial_max", "partial_total", "key_codes", "value_codes", "exact_bits", "offset")
+_POINTERS = (
+    "lengths", "key_centroids", "value_centroids", "channels", "frequency", "pair_scale", "mean", "anchor_positions",
+    "anchor_keys", "anchor_values", "anchor_key_scale", "anchor_value_scale", "sink_positions", "sink_keys",
+    "sink_values", "tail_keys", "tail_values",
+)  # fmt: skip
+_INTEGERS = (
+    "batch", "heads", "group", "q_len", "splits", "blocks_per_head", "coded", "tail", "anchors", "sinks", "capacity",
+    "tail_capacity", "anchor_capacity", "bits_width", "query_is_bfloat", "is_bfloat", "anchor_kind",
+    "hides_padding", "causal",
+)  # fmt: skip
+
+
+class Arguments(ctypes.Structure):
+    """What the kernel takes, as `Arguments` of decode_codes.cuh declares it."""
+
+    _fields_ = [
+        ("query", ctypes.c_void_p),
+        *((f"query_stride_{name}", ctypes.c_int64) for name in "bhn"),
+        *((name, ctypes.c_void_p) for name in _POINTERS_FIRST + _POINTERS),
+        *((name, ctypes.c_int) for name in _INTEGERS),
+        ("scale_log2", ctypes.c_float),
+        ("softcap_log2", ctypes.c_float),
+    ]
+
+
+class Shape(NamedTuple):
+    """What a kernel is compiled for: `Shape` of decode_codes.cuh."""
+
+    head_dim: int
+    row_groups: int
+    key_spread: int
+    value_spread: int
+    warps: int
+    rotates: bool
+    softcap: bool
+
+    def __str__(self) -> str:
+        return f"Shape<{', '.join(str(int(x)) for x in self)}>"
+
+    @property
+    def span(self) -> int:
+        """Tokens that the warps of a block take at a time."""
+        return 16 * self.warps
+
+
+def check_tables(keys: KeyTables, values: ValueTables) -> None:
+    """Raises ValueError if these tables have no kernel; the message says which have."""
+    dim, value_dim = keys.mean.shape[1], values.mean.shape[1]
+    require(dim == value_dim and dim in HEAD_DIMS, f"head sizes {dim} and {value_dim}; both {HEAD_DIMS} have a kernel")
+    require(keys.centroids.dtype == torch.float16, f"{keys.centroids.dtype} centroids; float16 ones have a kernel")
+    for codes in (keys.codes, values.codes):
+        fits = codes.code_bits == 8 and codes.stages == 1 and codes.sub_dim in (8, 16)
+        require(
+            fits,
+            f"{codes.stages} codes of {codes.code_bits} bits for {codes.sub_dim} channels have no CUDA kernel; "
+            "one code of 8 bits for 8 or 16 channels has",
+        )
+
+
+def find_shape(past: QuantizedPast, rows: int, softcap: bool) -> Shape:
+    """The kernel for `rows` query rows a kv head; raises ValueError if there is none."""
+    keys, values = past.key_tables, past.value_tables
+    check_tables(keys, values)
+    require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; 1 to {MAX_ROWS} have a kernel")
+    spread = keys.codes.sub_dim // 8, values.codes.sub_dim // 8
+    return Shape(keys.mean.shape[1], 1 if rows <= 4 else 2, *spread, 12 if rows <= 4 else 8, keys.rotates, softcap)
+
+
+def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> tuple[int, int]:
+    """Splits of a sequence and blocks a kv head: a block takes ``batch * splits / blocks`` shares, one after the other.
+
+    The most loaded block decides, so splits are chosen for the least of its tokens, with what a share costs by itself.
+    """
+    blocks = max(1, processors // heads)
+    spans = -(-coded // shape.span)
+
+    def cost(splits: int) -> float:
+        shares = -(-batch * splits // blocks)
+        return shares * (-(-spans // splits) + OVERHEAD_SPANS)
+
+    splits = min(range(1, min(blocks, max(spans, 1)) + 1), key=cost)
+    return splits, min(blocks, batch * splits)
+
+
+def make_arguments(
+    shape: Shape, query: torch.Tensor, past: QuantizedPast, tail_keys: torch.Tensor, tail_values: torch.Tensor,
+    partial: torch.Tensor, state: torch.Tensor, *, scale: float, softcap: float | None, is_causal: bool,
+    hides_padding: bool, splits: int, blocks: int,
+) -> Arguments:  # fmt: skip
+    """The kernel's arguments; the tensors must outlive the launch."""
+    batch, q_heads, q_len, _ = query.shape
+    heads = tail_keys.shape[1]
+    anchors, sinks = sort_exact(past.exact)
+    keys = past.key_tables
+    a = Arguments()
+    tensors = dict(
+        query=query, partial=partial, partial_max=state[0], partial_total=state[1], key_codes=past.key_codes,
+        value_codes=past.value_codes, exact_bits=past.exact_bits, offset=past.offset, lengths=past.lengths,
+        key_centroids=keys.centroids, value_centroids=past.value_tables.centroids, channels=keys.channels,
+        frequency=keys.frequency, pair_scale=keys.pair_scale, mean=keys.mean, tail_keys=tail_keys,
+        tail_values=tail_values,
+        **_exact("anchor", anchors), **_exact("sink", sinks),
+    )  # fmt: skip
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(a, name, tensor.data_ptr())
+    a.query_stride_b, a.query_stride_h, a.query_stride_n = query.stride()[:3]
+    a.batch, a.heads, a.group, a.q_len = batch, heads, q_heads // heads, q_len
+    a.splits, a.blocks_per_head = splits, blocks
+    a.coded, a.capacity = past.length, past.capacity
+    a.tail = a.tail_capacity = tail_keys.shape[2]
+    a.anchors = a.anchor_capacity = 0 if anchors is None else anchors.positions.shape[2]
+    a.sinks = 0 if sinks is None else sinks.positions.shape[2]
+    a.bits_width = past.exact_bits.shape[2]
+    a.query_is_bfloat = query.dtype == torch.bfloat16
+    a.anchor_kind = 0 if anchors is None else 1 if anchors.key_scale is not None else 2
+    a.is_bfloat = tail_keys.dtype == torch.bfloat16
+    a.hides_padding, a.causal = hides_padding, is_causal
+    a.scale_log2 = scale * LOG2E
+    a.softcap_log2 = (softcap or 0.0) * LOG2E
+    return a
+
+
+def _exact(name: str, tokens: ExactTokens | None) -> dict[str, torch.Tensor | None]:
+    if tokens is None:
+        return {}
+    parts = dict(positions=tokens.positions, keys=tokens.keys, values=tokens.values)
+    if tokens.key_scale is not None:
+        parts |= dict(key_scale=tokens.key_scale, value_scale=tokens.value_scale)
+    return {f"{name}_{part}": tensor for part, tensor in parts.items()}
+
+
+class Kernel(NamedTuple):
+    """A compiled kernel on one GPU: its handle, and the shared memory that a block of it takes."""
+
+    function: Any
+    shared_bytes: int
+
+
+def source(shape: Shape) -> str:
+    """The CUDA C++ of one kernel."""
+    return "\n".join((FOLDER / name).read_text() for name in SOURCES) + f"\nDECODE_KERNEL({shape})\n"
+
+
+def shared_bytes(shape: Shape) -> int:
+    """`Shape::BYTES` of decode_codes.cuh: shared memory of a block."""
+    subs, rows, warps = shape.head_dim // 8, 4 * shape.row_groups, shape.warps
+    tables = 2 * 32768 + subs // 4 * 32768
+    in_loop = 2 * (8 // shape.row_groups) * subs * rows * 16 + warps * rows * 32
+    return tables + max(in_loop, 2 * warps * rows * 4 + warps * rows * shape.head_dim * 4)
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why CUDA C++ kernels cannot run on `device`; None if they can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "CUDA C++ kernels need an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]}; 8.0 or higher is needed"
+    try:
+        import cuda.core  # noqa: F401
+    except ImportError as error:
+        major = torch.version.cuda.split(".")[0]
+        return f"cuda-core is not installed ({error}): pip install 'antkv-hf[cuda{major}]'"
+    return None
+
+
+def cubin_folder() -> Path:
+    """Where compiled kernels are kept: ``$ANTKV_CACHE/cubin``, or ``~/.cache/antkv-hf/cubin``."""
+    return Path(os.environ.get("ANTKV_CACHE") or Path.home() / ".cache" / "antkv-hf") / "cubin"
+
+
+@functools.cache
+def load_kernel(shape: Shape, device_index: int) -> Kernel:
+    """Compiles a kernel for a GPU (a second or two), or takes it from the disk.
+
+    Raises:
+        ValueError: if a block needs more shared memory than the GPU gives to one.
+    """
+    from cuda.bindings import driver
+    from cuda.core import Device, Program, ProgramOptions
+    from cuda.core.utils import FileStreamProgramCache
+
+    device = Device(device_index)
+    device.set_current()
+    wanted, most = shared_bytes(shape), device.properties.max_shared_memory_per_block_optin
+    require(wanted <= most, f"{shape} takes {wanted} bytes of shared memory a block; this GPU gives {most}")
+    major, minor = device.compute_capability
+    options = ProgramOptions(arch=f"sm_{major}{minor}", std="c++17")
+    binary = Program(source(shape), "c++", options).compile("cubin", cache=FileStreamProgramCache(cubin_folder()))
+    kernel = binary.get_kernel("decode_attention")
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(driver.cuKernelSetAttribute(attribute, wanted, kernel.handle, driver.CUdevice(device_index)))
+    _KEPT.append(binary)  # unloads when it is collected
+    return Kernel(driver.CUfunction(int(kernel.handle)), wanted)
+
+
+_KEPT: list[Any] = []
+
+
+def _check(answer: tuple[Any, ...]) -> None:
+    if int(answer[0]) != 0:
+        raise RuntimeError(f"the CUDA driver answered {answer[0]!r}")
+
+
+@functools.cache
+def _fits(shape: Shape, device_index: int) -> bool:
+    """Whether a kernel can be had for this GPU; warns if it fits but does not compile."""
+    if obstacle(torch.device("cuda", device_index)) is not None:
+        return False
+    if shared_bytes(shape) > torch.cuda.get_device_properties(device_index).shared_memory_per_block_optin:
+        return False
+    try:
+        load_kernel(shape, device_index)
+    except Exception as error:  # of NVRTC or the driver: an older one, a missing library
+        warnings.warn(f"decoding with Triton's kernels, since {shape} cannot be compiled: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def takes(query: torch.Tensor, past: QuantizedPast, softcap: bool) -> bool:
+    """Whether `decode_attention` answers these queries on their GPU."""
+    rows = query.shape[1] // past.key_codes.shape[1] * query.shape[2]
+    if not query.is_cuda or query.dtype not in SIXTEEN_BITS or not 1 <= rows <= MAX_ROWS:
+        return False
+    return _fits(find_shape(past, rows, softcap), query.device.index or 0)
+
+
+def launch(kernel: Kernel, arguments: Arguments, shape: Shape) -> None:
+    """Launches on PyTorch's current stream."""
+    from cuda.bindings import driver
+
+    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    stream = torch.cuda.current_stream().cuda_stream
+    grid = arguments.heads * arguments.blocks_per_head
+    _check(
+        driver.cuLaunchKernel(
+            kernel.function, grid, 1, 1, 32 * shape.warps, 1, 1, kernel.shared_bytes, stream,
+            ctypes.addressof(parameters), 0,
+        )
+    )  # fmt: skip
+
+
+def decode_attention(
+    query: torch.Tensor,
+    past: QuantizedPast,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+    *,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = True,
+    softcap: float | None = None,
+    sink_logit: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`decode_attention.decode_attention` in CUDA C++: same arguments (but no mask), same results.
+
+    Raises:
+        ValueError: for what has no kernel here; the message says what has.
+    """
+    batch, q_heads, q_len, dim = query.shape
+    heads = tail_keys.shape[1]
+    rows = q_heads // heads * q_len
+    check_past(past)
+    require(mask is None, "a mask has no CUDA kernel")
+    require(query.dtype in SIXTEEN_BITS and query.stride(3) == 1, f"{query.dtype} queries of strides {query.stride()}")
+    require(tail_keys.dtype in SIXTEEN_BITS, f"tail keys are {tail_keys.dtype}; float16 or bfloat16 is needed")
+    for name, tail in (("keys", tail_keys), ("values", tail_values)):
+        want = (batch, heads, tail_keys.shape[2], dim)
+        require(tuple(tail.shape) == want, f"tail {name} have shape {tuple(tail.shape)}; {want} is needed")
+        require(tail.is_contiguous(), f"tail {name} must be contiguous, not of strides {tail.stride()}")
+    shape = find_shape(past, rows, softcap is not None)
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    splits, blocks = plan(shape, past.length, batch, heads, processors)
+    options = dict(device=query.device, dtype=torch.float32)
+    partial = torch.empty(batch, heads, 2 * splits, rows, dim, **options)
+    state = torch.empty(2, batch, heads, 2 * splits, rows, **options)
+    lse = torch.empty(batch, q_heads, q_len, **options)
+    out = torch.empty(batch, q_heads, q_len, dim, device=query.device, dtype=query.dtype) if out is None else out
+    arguments = make_arguments(
+        shape, query, past, tail_keys, tail_values, partial, state, scale=scale, softcap=softcap, is_causal=is_causal,
+        hides_padding=past.lengths is not None, splits=splits, blocks=blocks,
+    )  # fmt: skip
+    launch(load_kernel(shape, query.device.index or 0), arguments, shape)
+    merge_splits(partial, state, past.value_tables, sink_logit, out, lse)
+    return out, lse

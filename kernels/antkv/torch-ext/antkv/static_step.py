@@ -1,0 +1,151 @@
+"""What a decode step does to preallocated buffers whose lengths are on the device: nothing here waits for the host.
+
+Arguments stay the same from step to step, so a CUDA graph that captured a step can be replayed for the next ones.
+`decode_attention` takes the same lengths through `QuantizedPast`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .anchor_score import TERMS, column_statistic_kernel, query_moment_kernel, tile_sizes
+from .checks import head_block, mask_arguments, require
+
+MAX_ROWS = 64  # query heads of a group, as in decode attention
+
+
+@triton.jit
+def append_token_kernel(
+    p_new_keys, p_new_values, p_keys, p_values, p_lengths, stride_kb, stride_kh, stride_vb, stride_vh, heads, rows,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """keys[bh, lengths[1]] = new_keys[bh], values alike: one kv head of one sequence a program."""
+    bh = tl.program_id(0).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    row = bh * rows + tl.load(p_lengths + 1)
+    d = tl.arange(0, BD)
+    key = tl.load(p_new_keys + b * stride_kb + h * stride_kh + d, mask=d < D, other=0.0)
+    tl.store(p_keys + row * D + d, key, mask=d < D)
+    dv = tl.arange(0, BDV)
+    value = tl.load(p_new_values + b * stride_vb + h * stride_vh + dv, mask=dv < DV, other=0.0)
+    tl.store(p_values + row * DV + dv, value, mask=dv < DV)
+
+
+def append_token(
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+) -> None:
+    """Writes one token of each sequence behind the tail; the lengths stay as they are.
+
+    Args:
+        new_keys, new_values: ``(batch, kv_heads, 1, dim)``, any strides but a last one of 1.
+        keys, values: the tail's buffers ``(batch, kv_heads, rows, dim)``, contiguous; ``lengths[1] < rows``.
+        lengths: int32 ``(3,)``, see `QuantizedPast`.
+
+    Raises:
+        ValueError: for shapes, dtypes or layouts that do not fit.
+    """
+    for name, new, buffer in (("keys", new_keys, keys), ("values", new_values, values)):
+        want = (*buffer.shape[:2], 1, buffer.shape[3])
+        require(tuple(new.shape) == want, f"new {name} have shape {tuple(new.shape)}; {want} is needed")
+        require(new.dtype == buffer.dtype, f"new {name} are {new.dtype}, but the tail is {buffer.dtype}")
+        require(new.stride(3) == 1 and buffer.is_contiguous(), f"{name} must have stride 1, the tail be contiguous")
+    _check_lengths(lengths)
+    batch, heads, rows, dim = keys.shape
+    value_dim = values.shape[3]
+    append_token_kernel[(batch * heads,)](
+        new_keys, new_values, keys, values, lengths, *new_keys.stride()[:2], *new_values.stride()[:2], heads, rows,
+        D=dim, DV=value_dim, BD=head_block(dim), BDV=head_block(value_dim), num_warps=1,
+    )  # fmt: skip
+
+
+def add_column_statistic(
+    term: str,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    statistic: torch.Tensor,
+    lengths: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    scale: float,
+    stride: int = 1,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> None:
+    """`anchor_score.column_statistic` of one query token a sequence, added to `statistic` in place.
+
+    Args:
+        query, output: ``(batch, q_heads, 1, dim)``; lse ``(batch, q_heads, 1)``: the newest token's.
+        keys, values: the tail's buffers ``(batch, kv_heads, rows, dim)``; those in use are at columns ``lengths[0]``,
+            ``lengths[0] + 1``, ...
+        statistic: float32 ``(batch, kv_heads, rows)``, contiguous.
+        lengths: int32 ``(3,)``, see `QuantizedPast`. offset: int64 ``(batch,)``: keys at columns before it get nothing.
+        scale, stride, mask, softcap: as in `column_statistic`.
+
+    Raises:
+        ValueError: for a term, size, dtype or stride that the kernel was not written for.
+    """
+    require(term in TERMS, f"term {term!r} is unknown; choose one of {', '.join(TERMS)}")
+    batch, kv_heads, rows, dim = keys.shape
+    q_heads, value_dim = query.shape[1], values.shape[3]
+    group = q_heads // kv_heads
+    require(query.shape == (batch, q_heads, 1, dim), f"query has shape {tuple(query.shape)}; one token is needed")
+    require(group <= MAX_ROWS, f"{group} query heads a kv head; up to {MAX_ROWS} have a kernel")
+    require(keys.dtype == values.dtype == query.dtype, f"query is {query.dtype}, keys {keys.dtype}: cast one of them")
+    require(lse.shape == (batch, q_heads, 1) and lse.dtype == torch.float32, "lse must be float32, one a query head")
+    fits = statistic.shape == (batch, kv_heads, rows) and statistic.dtype == torch.float32
+    require(fits and statistic.is_contiguous(), f"statistic must be contiguous float32 {(batch, kv_heads, rows)}")
+    require(offset.shape == (batch,) and offset.dtype == torch.int64, f"offset must be int64 ({batch},)")
+    require(query.stride(3) == keys.stride(3) == values.stride(3) == 1, "channels must have stride 1")
+    _check_lengths(lengths)
+    columns = rows if mask is None else mask.shape[-1]
+    mask, kind, mask_strides = mask_arguments(mask, batch, q_heads, 1, columns)
+    tile, queries, warps, stages = tile_sizes(term, head_block(max(dim, value_dim)), query.dtype, group)
+    blocks = triton.cdiv(rows, tile) + 1  # they are cut at absolute columns
+    column_statistic_kernel[(blocks * batch * kv_heads, 1)](
+        query, keys, values, output, lse, query if mask is None else mask, offset, statistic, statistic, lengths,
+        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *output.stride()[:3], *lse.stride(),
+        *mask_strides, batch * kv_heads, kv_heads, 1, rows, 0, rows, 1, stride, scale,
+        1.0 if softcap is None else softcap,
+        G=group, D=dim, DV=value_dim, BD=head_block(dim), BDV=head_block(value_dim), BN=tile, BM=queries, TERM=term,
+        CAUSAL=False, MASK=kind, SOFTCAP=softcap is not None, FAR=stride > 1, HAS_FIRST=False, HAS_STATISTIC=True,
+        STATIC=True, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def add_query_moment(query: torch.Tensor, scale: float, moment: torch.Tensor) -> None:
+    """`anchor_score.query_moment` of one query token a sequence, added to `moment` in place.
+
+    Args:
+        query: ``(batch, q_heads, 1, dim)``, any strides but a last one of 1.
+        moment: float32 ``(batch, kv_heads, 2)``, contiguous.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit.
+    """
+    batch, q_heads, q_len, dim = query.shape
+    kv_heads = moment.shape[1]
+    group = q_heads // kv_heads
+    require(
+        q_len == 1 and group <= MAX_ROWS, f"{q_len} query tokens of {group} heads; one of up to {MAX_ROWS} is taken"
+    )
+    fits = moment.shape == (batch, kv_heads, 2) and moment.dtype == torch.float32 and moment.is_contiguous()
+    require(fits, f"moment must be contiguous float32 ({batch}, kv_heads, 2)")
+    query_moment_kernel[(1, batch * kv_heads)](
+        query, None, moment, moment, *query.stride()[:3], kv_heads, 1, 0, scale * scale / dim,
+        G=group, D=dim, BD=head_block(dim), BM=min(32, triton.next_power_of_2(group)), ROWS=MAX_ROWS,
+        HAS_FIRST=False, HAS_MOMENT=True, IN_PLACE=True, num_warps=4,
+    )  # fmt: skip
+
+
+def _check_lengths(lengths: torch.Tensor) -> None:
+    fits = lengths.shape == (3,) and lengths.dtype == torch.int32 and lengths.is_contiguous()
+    require(fits, f"lengths are {lengths.dtype} {tuple(lengths.shape)}; contiguous int32 (3,) is needed")

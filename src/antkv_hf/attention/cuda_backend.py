@@ -1,0 +1,42 @@
+"""The CUDA backend: Triton's kernels, but decode attention in CUDA C++ wherever that has a kernel."""
+
+from __future__ import annotations
+
+import torch
+from antkv import cuda_decode
+
+from ..codecs import LayerCodec
+from .backends import CALLS
+from .tables import UnsupportedTables
+from .triton_backend import TritonBackend
+
+MIN_TOKENS = 6144  # of all sequences together: below, filling the tables takes longer than Triton's whole launch
+
+
+class CudaBackend(TritonBackend):
+    """`TritonBackend` with a faster decode attention for 16-bit models on NVIDIA GPUs.
+
+    Padding masks, few tokens, more than 8 query rows a kv head and GPUs with too little shared memory get Triton's
+    kernel; so does everything, after one warning, if a kernel cannot be compiled.
+
+    Raises:
+        UnsupportedTables: if the codec has no CUDA kernel.
+    """
+
+    name = "cuda"
+
+    def __init__(self, codec: LayerCodec, dtype: torch.dtype):
+        super().__init__(codec, dtype)
+        if dtype not in cuda_decode.SIXTEEN_BITS:
+            raise UnsupportedTables(f"a {dtype} model has no CUDA kernel: float16 and bfloat16 ones have")
+        try:
+            cuda_decode.check_tables(self.key_tables, self.value_tables)
+        except ValueError as error:
+            raise UnsupportedTables(str(error)) from error
+
+    def decode_attention(self, query, past, tail_keys, tail_values, *, mask=None, **options):
+        few = past.length * query.shape[0] < MIN_TOKENS
+        if mask is not None or few or not cuda_decode.takes(query, past, options.get("softcap") is not None):
+            return super().decode_attention(query, past, tail_keys, tail_values, mask=mask, **options)
+        CALLS["cuda.decode_attention"] += 1
+        return cuda_decode.decode_attention(query, past, tail_keys, tail_values, **options)

@@ -1,0 +1,29 @@
+// The CUDA decode kernel as a function of a shared library: every block in turn.
+#include "emulator.h"
+
+#include "decode_codes.cuh"
+#include "decode_exact.cuh"
+
+#define DECODE_KERNEL(...)
+#include "decode_attention.cu"
+
+#ifndef SHAPE
+#error "SHAPE is missing"
+#endif
+typedef SHAPE KernelShape;
+static const Arguments* arguments;
+static int block;
+
+static void one_thread(int thread) { decode<KernelShape>(*arguments, block, thread, emulator::shared); }
+
+extern "C" int shared_bytes() { return KernelShape::BYTES; }
+extern "C" int arguments_bytes() { return sizeof(Arguments); }
+extern "C" void counters(long* matrices, long* wavefronts) {
+  *matrices = emulator::matrices;
+  *wavefronts = emulator::wavefronts;
+}
+extern "C" void run(const Arguments* a) {
+  arguments = a;
+  emulator::matrices = emulator::wavefronts = 0;
+  for (block = 0; block < a->heads * a->blocks_per_head; block++) emulator::run_block(KernelShape::THREADS, one_thread);
+}

@@ -1,0 +1,266 @@
+"""Decode steps over preallocated buffers: kernels read lengths on the device, and a recorded step can be replayed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from antkv.decode_attention import decode_attention
+from antkv.static_step import append_token
+from builders import assert_near, pair_tables, quantized_past, random_codec, random_snapshot, rotary_of
+from conftest import tiny_llama
+from helpers import random_tables
+from recorded_graph import RecordedGraph
+
+from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate, graphs
+from antkv_hf.anchors import get_score
+from antkv_hf.attention.attend import attend
+from antkv_hf.attention.backends import CALLS, make_backend
+from antkv_hf.attention.reference_backend import REFERENCE
+from antkv_hf.codebook import describe_model
+from antkv_hf.config import AnchorConfig
+from antkv_hf.static_storage import Counts, StaticStorage
+from antkv_hf.storage import LayerStorage
+
+CPU = torch.device("cpu")
+
+
+def larger(x: torch.Tensor, rows: int, fill: float) -> torch.Tensor:
+    """`x` in a buffer of `rows` along dimension 2; the rest must not be read."""
+    out = x.new_full((*x.shape[:2], rows, *x.shape[3:]), fill)
+    out[:, :, : x.shape[2]] = x
+    return out
+
+
+CASES = [(96, 40, (0, 13), "int8"), (96, 1, (95, 0), "float16"), (32, 7, (35, 3), "int8")]
+
+
+@pytest.mark.parametrize("coded, tail, offset, anchor_dtype", CASES)
+def test_decode_attention_reads_lengths_on_the_device(coded, tail, offset, anchor_dtype):
+    """Larger buffers, lengths in a tensor and padding by offset equal exact buffers and a mask."""
+    codec = random_codec("d8b8", "d8b8", 1, 32)
+    snapshot = random_snapshot(codec, 2, coded, tail, anchor_dtype=anchor_dtype, offset=offset)
+    past = quantized_past(snapshot)
+    query = torch.randn(2, 2, 1, 32)
+    expected = decode_attention(
+        query, past, snapshot.tail_keys, snapshot.tail_values, scale=0.2, mask=snapshot.unpadded()
+    )  # fmt: skip
+    sinks, anchors = past.exact
+    slots = anchors.positions.shape[2]
+    anchors = type(anchors)(*(None if t is None else larger(t, slots + 9, -1) for t in anchors))
+    static = past._replace(
+        key_codes=larger(past.key_codes, 160, 255), value_codes=larger(past.value_codes, 160, 255),
+        exact=(sinks, anchors), exact_bits=larger(past.exact_bits, 20, 255), coded=0,
+        lengths=torch.tensor([coded, tail, slots], dtype=torch.int32),
+    )  # fmt: skip
+    tails = [larger(t, 64, float("nan")) for t in (snapshot.tail_keys, snapshot.tail_values)]
+    for found, wanted in zip(decode_attention(query, static, *tails, scale=0.2), expected):
+        assert_near(found, wanted, 1e-5)
+    nothing = static._replace(
+        lengths=torch.tensor([0, tail, 0], dtype=torch.int32), offset=torch.zeros_like(past.offset)
+    )
+    nothing = nothing._replace(exact=(sinks._replace(positions=torch.full_like(sinks.positions, -1)), anchors))
+    out, _ = decode_attention(query, nothing, *tails, scale=0.2)
+    keys, values = (t.repeat_interleave(2, 1) for t in (snapshot.tail_keys, snapshot.tail_values))
+    assert_near(out, torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=0.2), 1e-5)
+
+
+PROMPT, STEPS = 30, 6
+
+
+def life(static: bool, graph: RecordedGraph | None = None) -> tuple[torch.Tensor, LayerStorage]:
+    """A padded prompt and single tokens: outputs, and what is stored in the end."""
+    config = AnTKVConfig(anchors=AnchorConfig(fraction=0.1, query_stride=4), window=8, chunk=8)
+    codec, padding = random_codec("d8b8", "d8b8", 1, 32), torch.tensor([[11]])
+    backend, score = make_backend("triton", codec, CPU, torch.float32), get_score("error_aware")
+    g = torch.Generator().manual_seed(3)
+    keys, values = (torch.randn(1, 1, PROMPT + STEPS, 32, generator=g) for _ in range(2))
+    queries = torch.randn(1, PROMPT + STEPS, 2, 32, generator=g).transpose(1, 2)
+    start = codec, config, score, keys, values, REFERENCE
+    storage = StaticStorage(*start, max_length=120) if static else LayerStorage(*start)
+    now = [x[:, :, :1].clone() for x in (queries, keys, values)]
+
+    def step() -> torch.Tensor:
+        storage.append(*now[1:])
+        snapshot = storage.snapshot()
+        mask = None if static else (torch.arange(snapshot.length) >= padding)[:, None, None]
+        return attend(snapshot, now[0], mask, backend=storage.backend, observer=storage)
+
+    columns = torch.arange(PROMPT)
+    mask = (columns <= columns[:, None]) & (columns >= padding)
+    storage.append(keys[:, :, :PROMPT], values[:, :, :PROMPT])
+    prompt = queries[:, :, :PROMPT], mask[None, None]
+    attend(storage.snapshot(), *prompt, backend=REFERENCE, observer=storage, commit=True)
+    storage.backend = backend
+    run, outputs = (step if graph is None else graphs._Replayed(step, graph)), []
+    for i in range(PROMPT, PROMPT + STEPS):
+        storage.commit()
+        for buffer, x in zip(now, (queries, keys, values)):
+            buffer.copy_(x[:, :, i : i + 1])
+        after = storage.counts._replace(tail=storage.counts.tail + 1) if static else None
+        outputs.append(run().clone())
+        if static:
+            storage.count(after)
+    storage.commit()
+    return torch.cat(outputs, 2), storage
+
+
+def test_a_recorded_step_lives_through_chunks():
+    """Replays of one step, with a chunk encoded between them, equal a storage that grows and a mask."""
+    expected, grown = life(False)
+    graph = RecordedGraph()
+    out, static = life(True, graph)
+    assert_near(out, expected, 1e-5)
+    assert static.coded_length == grown.coded_length == 24 and static.buffers.lengths.tolist() == [24, 12, 3]
+    for name in ("key_codes", "value_codes", "exact_bits", "tail_keys", "tail_values", "offset"):
+        assert torch.equal(getattr(static, name), getattr(grown, name)), name
+    assert torch.equal(static.anchors.positions, grown.anchors.positions)
+    assert_near(static.statistic, grown.statistic, 1e-5)
+    assert_near(static.query_moment, grown.query_moment, 1e-6)
+    # All that a step launches for a layer: these and, of PyTorch, one addition; the rest are views and allocations.
+    assert [name for name in graph.names if name.endswith("_kernel")] == [
+        "append_token_kernel", "decode_kernel", "merge_splits_kernel", "query_moment_kernel", "column_statistic_kernel"
+    ]  # fmt: skip
+    free = {"empty", "view", "slice", "select", "alias", "detach", "_to_copy"}
+    assert [name for name in graph.names if not name.endswith("_kernel") and name not in free] == ["add_"]
+
+
+def test_encoding_is_replayed_too():
+    """A recorded `encode_chunk` encodes other chunks at other places."""
+    codec = random_codec("d8b8", "d8b8", 2, 32)
+    config = AnTKVConfig(anchors=AnchorConfig(fraction=0.2, sinks=2), window=8, chunk=8)
+    keys, values = (torch.randn(2, 2, 60, 32, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    found = []
+    for static in (False, True):
+        start = codec, config, get_score("error_aware"), keys, values
+        storage = StaticStorage(*start, max_length=100) if static else LayerStorage(*start)
+        storage.replace("offset", torch.tensor([0, 11]))
+        storage.max_offset = 11
+        encode = graphs._Replayed(storage.encode_chunk, RecordedGraph()) if static else None
+        for i in range(60):
+            if not static:
+                storage.commit()
+            elif storage.must_encode:
+                coded, tail, slots = storage.counts
+                encode()
+                storage.count(Counts(coded + 8, tail - 8, slots + 2))
+            storage.append(keys[:, :, i : i + 1], values[:, :, i : i + 1])
+            storage.query_moment.add_(1.0)
+            seen = torch.arange(storage.tail_keys.shape[2]).float().cos().abs().expand_as(storage.statistic)
+            storage.replace("statistic", storage.statistic + seen)
+        found.append(storage)
+    grown, static = found
+    assert grown.coded_length == static.coded_length == 48
+    for name in ("key_codes", "value_codes", "exact_bits", "tail_keys", "tail_values", "statistic"):
+        assert torch.equal(getattr(static, name), getattr(grown, name)), name
+    for a, b in zip(static.anchors.tensors(), grown.anchors.tensors()):
+        assert torch.equal(a, b)
+    assert static.sinks.positions[:, 0].tolist() == [[0, 1], [11, 12]]
+
+
+def test_append_refuses_what_does_not_fit():
+    keys, new, lengths = torch.zeros(2, 2, 8, 32), torch.zeros(2, 2, 1, 32), torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="new values have shape .2, 2, 2, 32.; .2, 2, 1, 32. is needed"):
+        append_token(new, torch.zeros(2, 2, 2, 32), keys, keys, lengths)
+    with pytest.raises(ValueError, match="new keys are torch.float16, but the tail is torch.float32"):
+        append_token(new.half(), new, keys, keys, lengths)
+    with pytest.raises(ValueError, match="lengths are torch.int64"):
+        append_token(new, new, keys, keys, lengths.long())
+
+
+def kernel_model(device: str = "cpu", layers: int = 1, heads: int = 1, backend: str = "triton"):
+    """A tiny Llama with a codebook that the kernels read."""
+    model = tiny_llama(
+        num_hidden_layers=layers, num_attention_heads=2 * heads, num_key_value_heads=heads, head_dim=32
+    ).to(device)  # fmt: skip
+    spec = VQSpec(8, 8)
+    config = AnTKVConfig(spec, spec, AnchorConfig(fraction=0.13, sinks=2), window=4, chunk=8, backend=backend)
+    rotary = rotary_of("half", 32)
+    tables = {
+        i: (pair_tables(spec, heads, 32, rotary, i), random_tables(spec, heads, 32, dense=True, seed=i + 9))
+        for i in range(layers)
+    }
+    return model, AnTKVCodebook(config, tables, describe_model(model.config, "test/model"))
+
+
+def test_generation_replays_recorded_steps(monkeypatch):
+    model, codebook = kernel_model()
+    ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(0))
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    expected = model.generate(ids, past_key_values=AnTKVCache(model.config, codebook=codebook), **options)
+    monkeypatch.setattr("antkv_hf.generation._no_gpu", lambda model: None)
+    monkeypatch.setattr(graphs, "cuda_graphs", lambda: RecordedGraph)
+    monkeypatch.setattr(graphs, "FIRST_BUCKET", 256)  # one split
+    CALLS.clear()
+    tokens = model.generate(ids, custom_generate=antkv_generate(codebook, cuda_graphs=True), **options)
+    assert torch.equal(tokens, expected)
+    assert CALLS["triton.decode_attention"] == 2  # the warm-up and the capture; all other steps ran no Python
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("lane", ["antkv", "sdpa"])
+@pytest.mark.parametrize("case", ["greedy", "padded", "sampling"])
+def test_cuda_graphs_write_the_same_tokens(lane, case, monkeypatch):
+    """Real graphs, over several chunks and plans, against a cache that grows."""
+    monkeypatch.setattr(graphs, "FIRST_BUCKET", 32)
+    model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto")
+    model.set_attn_implementation(lane)
+    mask = torch.arange(30) >= torch.tensor([[0], [17], [29]] if case == "padded" else [[0]])
+    ids = torch.randint(3, 128, mask.shape, generator=torch.Generator().manual_seed(0)).masked_fill(~mask, 0)
+    options = dict(attention_mask=mask.long().cuda(), max_new_tokens=80, min_new_tokens=80, do_sample=False)
+    options |= dict(do_sample=True, top_p=0.9) if case == "sampling" else {}
+    written = []
+    for extra in (
+        dict(past_key_values=AnTKVCache(model.config, codebook=codebook)),
+        dict(custom_generate=antkv_generate(codebook, cuda_graphs=False, max_length=120)),
+        dict(custom_generate=antkv_generate(codebook, cuda_graphs=True)),
+    ):
+        torch.manual_seed(1)
+        CALLS.clear()
+        written.append(model.generate(ids.cuda(), **extra, **options))
+    assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
+    # A warm-up and a capture in each layer for each plan: of up to 32 coded tokens and of up to 128.
+    assert CALLS["triton.decode_attention"] == 2 * 2 * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_static_decode_attention_on_a_gpu(dtype):
+    codec = random_codec("d8b8", "d8b8", 8, 128, device="cuda")
+    snapshot = random_snapshot(codec, 3, 4096, 150, dtype, chunk=128, offset=(0, 100, 2000))
+    past = quantized_past(snapshot)
+    assert past is not None
+    query = torch.randn(3, 32, 1, 128, device="cuda", dtype=dtype)
+    tails = snapshot.tail_keys.contiguous(), snapshot.tail_values.contiguous()
+    expected = decode_attention(query, past, *tails, scale=0.09, mask=snapshot.unpadded())
+    sinks, anchors = past.exact
+    slots = anchors.positions.shape[2]
+    anchors = type(anchors)(*(None if t is None else larger(t, slots + 500, -1) for t in anchors))
+    static = past._replace(
+        key_codes=larger(past.key_codes, 9024, 255), value_codes=larger(past.value_codes, 9024, 255),
+        exact=(sinks, anchors), exact_bits=larger(past.exact_bits, 1128, 255), coded=9000,
+        lengths=torch.tensor([4096, 150, slots], dtype=torch.int32, device="cuda"),
+    )  # fmt: skip
+    tails = tuple(larger(t, 256, float("nan")) for t in tails)
+    for found, wanted in zip(decode_attention(query, static, *tails, scale=0.09), expected):
+        assert_near(found, wanted, 1e-2)
+
+
+@pytest.mark.gpu
+def test_smollm2_with_cuda_graphs():
+    from antkv_hf.demo import find_codebook
+    from antkv_hf.demo_model import load_demo_model
+    from antkv_hf.demo_text import HANDBOOK
+
+    try:
+        model, tokenizer, _ = load_demo_model()
+    except (ImportError, OSError) as error:
+        pytest.skip(f"SmolLM2 is not installed: {error}")
+    model = model.cuda()
+    model.set_attn_implementation("antkv")
+    codebook = AnTKVCodebook.from_pretrained(find_codebook("smollm2-135m-instruct-1bit"))
+    inputs = tokenizer(HANDBOOK, return_tensors="pt").to("cuda")
+    options = dict(max_new_tokens=300, min_new_tokens=300, do_sample=False)
+    eager = model.generate(**inputs, past_key_values=AnTKVCache(model.config, codebook=codebook), **options)
+    replayed = model.generate(**inputs, custom_generate=antkv_generate(codebook, cuda_graphs=True), **options)
+    assert torch.equal(eager, replayed)

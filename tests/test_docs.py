@@ -1,0 +1,48 @@
+"""What the documentation states: the worked example of the bits, and that its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from antkv_hf import AnTKVCache, AnTKVCodebook
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_worked_example_of_bits():
+    """One layer of SmolLM2 filled as the example says, times 30, against the table."""
+    text = (ROOT / "docs" / "bits-accounting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \|.*\| ([\d,]+) \|$", text, re.MULTILINE)
+    stated = {kind: int(number.replace(",", "")) for kind, number in rows}
+    book = AnTKVCodebook.from_pretrained("smollm2-135m-instruct-1bit")
+    cache = AnTKVCache(book.model_config(), book.config.replace(skip_layers=tuple(range(1, 30))), book)
+    g = torch.Generator().manual_seed(0)
+    for tokens in (1085, 1):  # the next token is what brings codes about
+        cache.update(*(torch.randn(1, 3, tokens, 64, generator=g) for _ in "kv"), 0)
+    found = cache.memory_footprint()
+    assert (found.tokens, found.coded_tokens) == (1086, 896)
+    for kind in ("codes", "anchors", "sinks", "window", "scores", "total"):
+        assert stated[kind] == 30 * getattr(found, kind), kind
+    for said, value in ((1.28, found.bits_per_element), (6.70, found.bits_per_element_with_window)):
+        assert f"{value:.2f}" == f"{said:.2f}" and f"**{said:.2f} bits**" in text
+    assert f"{found.compression:.1f} times as much" in text
+
+
+def test_links_lead_somewhere():
+    seen = 0
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if link.startswith("http"):
+                continue
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in [heading.lower().replace(" ", "-") for heading in headings], f"{page.name}: {link}"
+            seen += 1
+    assert seen > 30
