@@ -149,6 +149,8 @@ def test_on_a_gpu(case, dtype):
     obstacle = cuda_decode.obstacle(torch.device("cuda"))
     if obstacle:
         pytest.skip(obstacle)
+    if dtype == torch.bfloat16 and case[10] == "float16":
+        pytest.skip("float16 anchors of a bfloat16 model have Triton's kernel only")
     case = (*case[:6], case[6] * 9, *case[7:])
     snapshot, query, options, expected, expected_lse = make_case(case, dtype, "cuda")
     out, lse = cuda_decode.decode_attention(

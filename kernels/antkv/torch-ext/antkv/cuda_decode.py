@@ -253,10 +253,17 @@ def _fits(shape: Shape, device_index: int) -> bool:
     return True
 
 
+def _exact_fits(past: QuantizedPast, dtype: torch.dtype) -> bool:
+    """Whether exact tokens are int8, or in the model's dtype."""
+    return all(tokens.key_scale is not None or tokens.keys.dtype == dtype for tokens in past.exact)
+
+
 def takes(query: torch.Tensor, past: QuantizedPast, softcap: bool) -> bool:
     """Whether `decode_attention` answers these queries on their GPU."""
     rows = query.shape[1] // past.key_codes.shape[1] * query.shape[2]
     if not query.is_cuda or query.dtype not in SIXTEEN_BITS or not 1 <= rows <= MAX_ROWS:
+        return False
+    if not _exact_fits(past, query.dtype):
         return False
     return _fits(find_shape(past, rows, softcap), query.device.index or 0)
 
@@ -305,6 +312,7 @@ def decode_attention(
         want = (batch, heads, tail_keys.shape[2], dim)
         require(tuple(tail.shape) == want, f"tail {name} have shape {tuple(tail.shape)}; {want} is needed")
         require(tail.is_contiguous(), f"tail {name} must be contiguous, not of strides {tail.stride()}")
+    require(_exact_fits(past, tail_keys.dtype), f"exact tokens must be int8 or {tail_keys.dtype}, as the tail is")
     shape = find_shape(past, rows, softcap is not None)
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     splits, blocks = plan(shape, past.length, batch, heads, processors)
