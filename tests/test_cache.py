@@ -1,4 +1,4 @@
-"""AnTKVCache with vector quantization: against a dense model of itself, its memory, its anchors, its error messages."""
+"""AnTKVCache with vector and scalar codes: against a dense model of itself, its memory, its anchors, its errors."""
 
 from __future__ import annotations
 
@@ -30,9 +30,18 @@ def codebook(llama):
     return random_codebook(llama, config())
 
 
+@pytest.fixture(params=("vq", "scalar"))
+def make(request, llama, codebook):
+    """A function that makes a cache with some fields of its config changed, of either codec."""
+    plain, book = config(), codebook
+    if request.param == "scalar":
+        plain, book = AnTKVConfig.preset("ott-2bit", window=8, chunk=32, anchors=config().anchors), None
+    return lambda **changes: AnTKVCache(llama.config, plain.replace(**changes), book)
+
+
 @pytest.fixture
-def cache(llama, codebook):
-    return AnTKVCache(llama.config, codebook=codebook)
+def cache(make):
+    return make()
 
 
 def prompt(n: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
@@ -46,16 +55,16 @@ def test_runs_on_the_expected_transformers():
 
 @pytest.mark.parametrize("lane", ("sdpa", "antkv"))
 @pytest.mark.parametrize("padding", (0, 21))
-def test_attention_equals_dense_attention_over_what_is_stored(llama, codebook, lane, padding):
+def test_attention_equals_dense_attention_over_what_is_stored(llama, make, lane, padding):
     """The blockwise path over codes, anchors and tail equals plain attention over the materialised keys and values."""
     ids, mask = prompt(90, 2), torch.ones(2, 90, dtype=torch.int64)
     mask[1, :padding] = 0
     llama.set_attn_implementation(lane)
     try:
-        ours = AnTKVCache(llama.config, codebook=codebook)
+        ours = make()
         llama(ids[:, :70], attention_mask=mask[:, :70], past_key_values=ours)
         llama(ids[:, 70:71], attention_mask=mask[:, :71], past_key_values=ours)
-        assert ours.layers[0].storage.coded_length == 48
+        assert ours.layers[0].storage.coded_length in (48, 32)
         dense = DynamicCache(config=llama.config)
         for i, layer in enumerate(ours.layers):
             keys, values = layer.storage.snapshot().dense()
@@ -70,14 +79,14 @@ def test_attention_equals_dense_attention_over_what_is_stored(llama, codebook, l
 
 
 @pytest.mark.parametrize("padding", (0, 21))
-def test_blocks_of_queries_do_not_matter(llama, codebook, padding, monkeypatch):
+def test_blocks_of_queries_do_not_matter(llama, make, padding, monkeypatch):
     """A second chunk over coded tokens, answered seven queries at a time."""
     ids, mask = prompt(130, 2), torch.ones(2, 130, dtype=torch.int64)
     mask[1, :padding] = 0
     outs = []
     for limit in (reference.MAX_LOGITS, 7 * 2 * 4 * reference.BLOCK):
         monkeypatch.setattr(reference, "MAX_LOGITS", limit)
-        cache = AnTKVCache(llama.config, codebook=codebook)
+        cache = make()
         llama(ids[:, :70], attention_mask=mask[:, :70], past_key_values=cache)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, 70:]
         rest = dict(input_ids=ids[:, 70:], attention_mask=mask if padding else None, position_ids=positions)
@@ -85,13 +94,14 @@ def test_blocks_of_queries_do_not_matter(llama, codebook, padding, monkeypatch):
     torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-4)
 
 
-def test_left_padding_does_not_change_what_is_stored(llama, codebook):
+def test_left_padding_does_not_change_what_is_stored(llama, make):
     """A padded sequence stores the codes, anchors and sinks of the same sequence alone, positions shifted."""
-    ids, padding = prompt(80), 16  # one chunk of padding, so that the chunks of both runs hold the same tokens
-    alone, padded = (AnTKVCache(llama.config, codebook=codebook) for _ in range(2))
+    alone, padded = make(), make()
+    # one chunk of padding, so that the chunks of both runs hold the same tokens
+    ids, padding = prompt(80), alone.antkv_config.chunk
     llama(ids, past_key_values=alone)
     batch = torch.cat([torch.zeros(1, padding, dtype=torch.int64), ids], 1)
-    mask = (torch.arange(96) >= padding).long().unsqueeze(0)
+    mask = (torch.arange(80 + padding) >= padding).long().unsqueeze(0)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     llama(batch, attention_mask=mask, position_ids=positions, past_key_values=padded)
     for cache in (alone, padded):
@@ -106,16 +116,19 @@ def test_left_padding_does_not_change_what_is_stored(llama, codebook):
         agree = (one.key_codes == two.key_codes[:, :, padding:]).float().mean()
         assert agree > 0.995  # a code may flip where two centroids are equally near
         assert torch.equal(one.sinks.positions + padding, two.sinks.positions)
+        if one.scales is not None:
+            for name in ("key_mean", "value_mean", "value_std"):
+                torch.testing.assert_close(getattr(one.scales, name), getattr(two.scales, name))
         kept = two.anchors.positions[..., -one.anchors.positions.shape[2] :]
         assert (one.anchors.positions + padding == kept).float().mean() > 0.9
 
 
-def test_anchors_and_sinks_are_read_back_exactly(llama, codebook):
+def test_anchors_and_sinks_are_read_back_exactly(llama, make):
     ids = prompt(100)
     reference = DynamicCache(config=llama.config)
     llama(ids, past_key_values=reference)
     for dtype, tolerance in (("float16", 2e-3), ("int8", 2e-2)):
-        ours = AnTKVCache(llama.config, config(anchors=AnchorConfig(fraction=0.13, sinks=2, dtype=dtype)), codebook)
+        ours = make(anchor_dtype=dtype)
         llama(ids, past_key_values=ours)
         storage = ours.layers[0].storage
         keys, values = storage.snapshot().dense()
@@ -125,14 +138,13 @@ def test_anchors_and_sinks_are_read_back_exactly(llama, codebook):
                 error = (mine.gather(2, index) - true.gather(2, index)).abs().max() / true.abs().max()
                 assert error <= limit
         assert storage.sinks.positions[0, 0].tolist() == [0, 1]
-        assert storage.anchors.positions.shape[2] == 2 * (storage.coded_length // 16)
+        assert storage.anchors.positions.shape[2] == storage.coded_length // 8  # 0.13 of a chunk
         assert not torch.isin(storage.anchors.positions, torch.tensor([0, 1])).any()
 
 
-def test_a_chunk_with_too_few_candidates_leaves_slots_empty(llama, codebook):
+def test_a_chunk_with_too_few_candidates_leaves_slots_empty(llama, make):
     """With every token an anchor, sinks and padding must not be stored twice: attention would count them twice."""
-    all_exact = AnchorConfig(fraction=1.0, sinks=2, dtype="float16")
-    cache = AnTKVCache(llama.config, config(anchors=all_exact), codebook)
+    cache = make(anchors=AnchorConfig(fraction=1.0, sinks=2, dtype="float16"))
     reference = DynamicCache(config=llama.config)
     ids, mask = prompt(60, 2), torch.ones(2, 60, dtype=torch.int64)
     mask[1, :21] = 0
@@ -149,18 +161,18 @@ def test_a_chunk_with_too_few_candidates_leaves_slots_empty(llama, codebook):
 
 
 @pytest.mark.parametrize("score", ["error_aware", "anchor_score", "accumulated_attention", "squared_attention",
-                                   "key_norm", "first_tokens", "random", "none"])  # fmt: skip
-def test_every_score_runs(llama, codebook, score):
-    cache = AnTKVCache(llama.config, config(anchors=AnchorConfig(score=score, fraction=0.1)), codebook)
+                                   "key_norm", "outlier_tokens", "first_tokens", "random", "none"])  # fmt: skip
+def test_every_score_runs(llama, make, score):
+    cache = make(anchors=AnchorConfig(score=score, fraction=0.1))
     out = llama.generate(prompt(60, 2), past_key_values=cache, max_new_tokens=30, min_new_tokens=30, do_sample=False)
     assert out.shape == (2, 90)
     kept = cache.layers[0].storage.anchors
     assert (kept is None) == (score == "none")
 
 
-def test_same_anchors_however_the_prompt_comes(llama, codebook):
+def test_same_anchors_however_the_prompt_comes(llama, make):
     """Chunked prefill sums the same statistic as one pass, for tokens whose queries were all seen."""
-    caches = [AnTKVCache(llama.config, config(window=90), codebook) for _ in range(2)]
+    caches = [make(window=90) for _ in range(2)]
     ids = prompt(80)
     llama(ids, past_key_values=caches[0])
     for part in ids.split(23, 1):
@@ -200,6 +212,38 @@ def test_cache_operations_act_like_a_dense_model(llama, cache):
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("score", ("outlier_tokens", "random"))
+def test_anchors_are_demoted_to_their_codes_when_the_budget_is_full(llama, make, score):
+    """After each chunk the kept tokens are the best-scored of all so far; the others are read from their codes."""
+    free, full = make(anchor_score=score), make(anchor_score=score, anchor_max_tokens=5)
+    exact, ids, demoted = DynamicCache(config=llama.config), prompt(150, 2), 0
+    for part in ids.split(30, 1):
+        before = full.layers[0].storage and full.layers[0].storage.anchors
+        for cache in (free, full, exact):
+            llama(part, past_key_values=cache)
+        storage, candidates = full.layers[0].storage, free.layers[0].storage.anchors
+        if storage.anchors is None:
+            continue
+        positions = storage.anchors.positions
+        assert positions.shape[2] <= 5 and storage.anchor_scores.shape == positions.shape
+        assert torch.isin(positions[0, 0], candidates.positions[0, 0]).all()
+        if before is not None:
+            demoted += int((~torch.isin(before.positions[0, 0], positions[0, 0])).sum())
+        snapshot = storage.snapshot()
+        mask = snapshot.exact_mask()
+        assert mask.sum() == sum((tokens.positions >= 0).sum() for tokens in snapshot.exact_tokens)
+        keys, _ = snapshot.dense_coded(0, storage.coded_length)
+        assert torch.equal(keys[~mask], snapshot.decode_keys(0, storage.coded_length)[~mask])  # demoted ones too
+        true = exact.layers[0].keys[:, :, : storage.coded_length]
+        assert (keys - true).abs()[mask].max() <= 0.02 * true.abs().max()
+    assert demoted > 0
+    if score == "random":  # its scores are known: the best five of all candidates
+        mixed = (candidates.positions.long() + 1) * 2654435761 + torch.arange(2).view(1, -1, 1) * 40503
+        known = ((mixed ^ (mixed >> 15)) * 2246822519 % 1000003).masked_fill(candidates.positions < 0, -1)
+        best = candidates.positions.gather(2, known.topk(5, -1).indices).sort(-1).values
+        assert torch.equal(best, positions)
+
+
 def test_other_operations_materialise_with_a_warning(llama, cache):
     llama(prompt(90), past_key_values=cache)
     keys = torch.randn(1, 2, 1, 16)
@@ -219,7 +263,7 @@ def test_long_generation_stays_bounded(llama, cache):
     """The exact tail never exceeds window + chunk, and every coded token is one byte string of its spec."""
     llama.generate(prompt(30), past_key_values=cache, max_new_tokens=100, min_new_tokens=100, do_sample=False)
     for layer in cache.layers:
-        assert layer.storage.tail_keys.shape[2] < 8 + 16
+        assert layer.storage.tail_keys.shape[2] < 8 + cache.antkv_config.chunk
         assert layer.storage.key_codes.shape[-1] == 4 and layer.storage.key_codes.dtype == torch.uint8
 
 

@@ -118,6 +118,17 @@ def test_evaluate_and_save(place):
     assert "text.txt" in (place / "book" / "README.md").read_text(encoding="utf-8")
 
 
+def test_presets_without_a_codebook(place):
+    arguments = (place / "model", "ott-4bit", "--set", "window=32", "--set", "group=32")
+    text = ("--text", place / "text.txt", "--windows", 1, "--window", 200, "--protocol", "FP", "--protocol", "S32")
+    rows = json.loads(antkv("evaluate", *arguments, *text, "--json").stdout)
+    assert [row["method"] for row in rows] == ["float32", "int4g32/int4g32"] and rows[1]["ratio"] < 1.1
+    said = json.loads(antkv("generate", *arguments, "--prompt", TEXT[:100], "--max-new-tokens", 5, "--json").stdout)
+    assert said["footprint"]["tokens"] > 100
+    assert "group is a number" in error_of("evaluate", place / "model", "ott-2bit", "--set", "group=x", *text)
+    assert "ott-2bit int2g32/int2g64" in antkv("inspect", "--model", place / "model").stdout
+
+
 def test_inspect(place):
     found = json.loads(antkv("inspect", place / "book", "--json").stdout)
     assert found["model"]["kv_heads"] == 2 and found["bits"]["keys"] == 1.0 and found["backends"]["cpu"]

@@ -251,6 +251,23 @@ def test_bits_are_those_of_a_real_cache(llama, book):
     assert row.ratio is None and row.method == "d8b8/d8b8"
 
 
+def test_scalar_codes_are_read_back_as_a_cache_stores_them(llama):
+    """S<n> reads the keys and values of the first layer that a real cache holds of the same tokens."""
+    config = AnTKVConfig.preset("ott-2bit", window=32, chunk=32)
+    config = config.replace(anchor_score="outlier_tokens", anchor_max_tokens=9)
+    tokens = torch.randint(3, 128, (2, 160), generator=torch.Generator().manual_seed(3))
+    cache, exact = AnTKVCache(llama.config, config), DynamicCache(config=llama.config)
+    for c in (cache, exact):
+        llama(tokens, past_key_values=c)
+    storage = cache.layers[0].storage
+    keys, values = exact.layers[0].keys, exact.layers[0].values
+    query = torch.randn(2, 4, 160, 16)
+    read = read_back(storage.codec, config, 32, query, keys, values, 0.25, None, None)
+    assert storage.coded_length == 128 and storage.anchors.positions.shape[2] == 4
+    for ours, theirs in zip(read, storage.snapshot().dense_coded(0, 128)):
+        torch.testing.assert_close(ours[:, :, :96], theirs[:, :, :96], atol=1e-5, rtol=1e-4)
+
+
 def test_model_is_left_as_it_was(llama, ids, book, monkeypatch):
     llama.set_attn_implementation("eager")
     try:

@@ -245,6 +245,27 @@ def test_what_is_in_the_way_is_said(llama, codebook, stand_in, monkeypatch):
     assert torch.equal(tokens, run(llama, batch, past_key_values=AnTKVCache(llama.config, codebook=codebook)))
 
 
+@pytest.mark.parametrize(
+    "settings, why",
+    [
+        (AnTKVConfig.preset("ott-4bit", group=32, window=WINDOW, chunk=32), "scalar codes \\(int4g32\\) grows"),
+        (CONFIG.replace(anchor_max_tokens=3), "anchors.max_tokens=3 lets anchors go"),
+    ],
+    ids=("scalar", "budget"),
+)
+def test_configs_without_a_fixed_size_get_a_cache_that_grows(llama, codebook, stand_in, settings, why):
+    tables = codebook if isinstance(settings.key, VQSpec) else None
+    cache = AnTKVCache(llama.config, settings, tables)
+    tokens = run(llama, inputs(0), past_key_values=cache)
+    assert torch.equal(run(llama, inputs(0), custom_generate=antkv_generate(tables, settings)), tokens)
+    assert EagerGraph.replays == 0
+    for given in ({}, dict(past_key_values=AnTKVCache(llama.config, settings, tables))):
+        with pytest.raises(RuntimeError, match=f"cannot be replayed: .*{why}"):
+            run(llama, inputs(0), custom_generate=antkv_generate(tables, settings, cuda_graphs=True), **given)
+    with pytest.raises(ValueError, match=f"max_length=90 cannot be kept: .*{why}"):
+        run(llama, inputs(0), custom_generate=antkv_generate(tables, settings, max_length=90))
+
+
 def test_a_capture_that_fails_leaves_no_trace(llama, codebook, stand_in, monkeypatch):
     def fail(self, function):
         storage = cache.layers[0].storage

@@ -86,15 +86,18 @@ CASES = {
     "no_anchors": dict(anchors=AnchorConfig(score="none", sinks=0)),
     "key_norm": dict(anchors=AnchorConfig(score="key_norm", fraction=0.1)),
     "nothing_coded": dict(window=500),
+    "budget": dict(anchors=AnchorConfig(fraction=0.13, max_tokens=7)),
 }
+SCALAR = AnTKVConfig.preset("ott-2bit", window=8, chunk=32)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "scalar"])
 def test_goes_on_with_identical_tokens(llama, codebook, path, case):
-    cache = AnTKVCache(llama.config, CONFIG.replace(**CASES[case]), codebook)
+    config, book = (SCALAR, None) if case == "scalar" else (CONFIG.replace(**CASES[case]), codebook)
+    cache = AnTKVCache(llama.config, config, book)
     said = llama.generate(ids(90), past_key_values=cache, **GREEDY)
     cache.save(path)
-    loaded = AnTKVCache.load(path, codebook=codebook)
+    loaded = AnTKVCache.load(path, codebook=book)
     assert_same(cache, loaded)
     longer = torch.cat([said, ids(5)], 1)
     expected = llama.generate(longer, past_key_values=cache, **GREEDY)
@@ -344,6 +347,27 @@ def test_a_signed_file_is_still_checked(llama, codebook, path, edit, message):
         AnTKVCache.load(path, codebook=codebook)
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t["layers.0.scales.starts"].fill_(0), r"group 0 runs from 0 to 0; groups follow each other"),
+        (lambda t: t["layers.0.scales.starts"].add_(3), "group 0 runs from 3 to 35"),
+        (lambda t: t.update({"layers.1.scales.starts": torch.tensor([0], dtype=torch.int32)}),
+         r"scales.scale is torch.float16 \(1, 2, 2, 16\), but must be torch.float16 \(1, 2, 1, 16\)"),
+        (lambda t: t.pop("layers.1.scales.value_std"), "scales.value_std is missing"),
+        (lambda t: t.pop("layers.1.anchor_scores"), "anchor_scores is missing"),
+        (lambda t: t.update({"layers.2.value_codes": t["layers.2.value_codes"][..., :3].clone()}), "value_codes is"),
+    ],
+)  # fmt: skip
+def test_a_signed_file_of_scalar_codes_is_still_checked(llama, path, edit, message):
+    cache = AnTKVCache(llama.config, SCALAR)
+    llama(ids(90), past_key_values=cache)
+    cache.save(path)
+    resign(path, lambda header, tensors: edit(tensors))
+    with pytest.raises(ValueError, match=message):
+        AnTKVCache.load(path)
+
+
 def test_changed_bytes_are_noticed(llama, codebook, path):
     cache = AnTKVCache(llama.config, codebook=codebook)
     llama(ids(90), past_key_values=cache)
@@ -426,6 +450,19 @@ def test_a_kill_leaves_the_old_file_or_none(llama, codebook, path, moment, exist
 
 
 # -------------------------------------------------------------------- antkv inspect
+def test_inspect_scalar_codes(llama, path):
+    cache = AnTKVCache(llama.config, SCALAR)
+    llama(ids(90), past_key_values=cache)
+    cache.save(path)
+    found = json.loads(CliRunner().invoke(app, ["inspect", str(path), "--json"]).stdout)
+    bitmaps = sum(layer.storage.exact_bits.numel() for layer in cache.quantized_layers)
+    footprint = cache.memory_footprint()
+    assert found["tensor_bytes"]["codes"] == footprint.codes
+    assert found["tensor_bytes"]["anchors"] == footprint.anchors - bitmaps
+    text = CliRunner().invoke(app, ["inspect", str(path)]).stdout
+    assert "codebook    none needed" in text and "keys int2g32, values int2g64" in text
+
+
 def test_inspect(llama, codebook, path):
     cache = AnTKVCache(llama.config, codebook=codebook)
     llama(ids(90, 2), past_key_values=cache)

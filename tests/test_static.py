@@ -43,7 +43,8 @@ def padded(n: int, *padding: int) -> dict[str, torch.Tensor]:
 def exact_tokens(storage) -> list[dict]:
     """What each (sequence, kv head) keeps exactly, by position: where in its buffer a token is does not matter."""
     found: list[dict] = []
-    keys_values = [(t.positions, *t.read(storage.codec, storage.offset)) for t in storage.snapshot().exact_tokens]
+    past = storage.snapshot()
+    keys_values = [(t.positions, *t.read(past.codec, past.offset, past.key_center)) for t in past.exact_tokens]
     for b in range(storage.offset.shape[0]):
         for h in range(keys_values[0][0].shape[1] if keys_values else 0):
             rows = [
@@ -187,6 +188,20 @@ def test_too_long_is_an_error_before_anything_changes(llama, codebook):
         cache.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match="max_length=0 must be at least 1"):
         AnTKVCache(llama.config, codebook=codebook, max_length=0)
+
+
+@pytest.mark.parametrize(
+    "settings, why",
+    [
+        (AnTKVConfig.preset("ott-2bit"), r"a cache of scalar codes \(int2g32\) grows"),
+        (config(anchors=AnchorConfig(max_tokens=9)), "anchors.max_tokens=9 lets anchors go"),
+    ],
+    ids=("scalar", "budget"),
+)
+def test_what_has_no_fixed_size_is_refused(llama, codebook, settings, why):
+    tables = codebook if isinstance(settings.key, VQSpec) else None
+    with pytest.raises(ValueError, match=f"max_length=80 cannot be kept: {why}.*Leave max_length out"):
+        AnTKVCache(llama.config, settings, tables, max_length=80)
 
 
 def test_memory_is_stated_allocated_and_in_use(llama, codebook):

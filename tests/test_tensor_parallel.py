@@ -24,6 +24,7 @@ from antkv_hf.tensor_parallel import HeadShard, check_heads, head_shard, tp_size
 HEADS = 4  # two a process
 CONFIG = AnTKVConfig(VQSpec(4, 8), VQSpec(4, 8), window=8, chunk=16)
 IDENTITY = AnTKVConfig.preset("identity", window=8, chunk=4)
+SCALAR = AnTKVConfig.preset("ott-4bit", group=32, window=8, chunk=32)
 GREEDY = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
 BEAMS = dict(GREEDY, num_beams=2)
 
@@ -66,24 +67,24 @@ def codebook(folder) -> AnTKVCodebook:
     return random_codebook(models(folder)[0], CONFIG)
 
 
-def generated(folder, lane: str, identity: bool, options: dict):
+def generated(folder, lane: str, config: AnTKVConfig, options: dict):
     """Tokens and caches of the whole model and of the shared one."""
     tokens, caches = [], []
     for model in models(folder):
         model.set_attn_implementation(lane)
-        book = None if identity else codebook(folder)
-        caches.append(AnTKVCache(model.config, IDENTITY if identity else None, book))
+        book = codebook(folder) if config == CONFIG else None
+        caches.append(AnTKVCache(model.config, config, book))
         tokens.append(model.generate(**batch(), past_key_values=caches[-1], **options))
     return tokens, caches
 
 
-def compare(folder, lane, identity, options):
-    (expected, found), (whole, shared) = generated(folder, lane, identity, options)
+def compare(folder, lane, config, options):
+    (expected, found), (whole, shared) = generated(folder, lane, config, options)
     rank, mine = distributed.get_rank(), shared.layers[0].storage.key_codes
     theirs = whole.layers[0].storage.key_codes.chunk(SIZE, 1)[rank]
     return dict(
         tokens=found.tolist(), same=torch.equal(expected, found), heads=mine.shape[1],
-        codes=mine.shape == theirs.shape and (identity or torch.equal(mine, theirs)),
+        codes=mine.shape == theirs.shape and (config == IDENTITY or torch.equal(mine, theirs)),
         sizes=[vars(c.memory_footprint()) for c in (whole, shared)],
     )  # fmt: skip
 
@@ -140,20 +141,22 @@ def command(arguments):
 
 # -------------------------------------------------------------------- tensor parallelism
 @pytest.mark.parametrize(
-    ("lane", "identity", "options"),
+    ("lane", "config", "options"),
     [
-        ("sdpa", True, GREEDY),
-        ("antkv", True, GREEDY),
-        ("sdpa", False, BEAMS),
-        ("antkv", False, GREEDY),
+        ("sdpa", IDENTITY, GREEDY),
+        ("antkv", IDENTITY, GREEDY),
+        ("sdpa", CONFIG, BEAMS),
+        ("antkv", CONFIG, GREEDY),
+        ("antkv", SCALAR, GREEDY),
     ],
-    ids=("sdpa-identity", "antkv-identity", "sdpa-codebook-beams", "antkv-codebook"),
+    ids=("sdpa-identity", "antkv-identity", "sdpa-codebook-beams", "antkv-codebook", "antkv-scalar"),
 )
-def test_tokens_are_those_of_one_process(two, folder, lane, identity, options):
-    first, second = two.run(compare, folder, lane, identity, options)
+def test_tokens_are_those_of_one_process(two, folder, lane, config, options):
+    first, second = two.run(compare, folder, lane, config, options)
     assert first["same"] and second["same"] and first["tokens"] == second["tokens"]
     assert first["heads"] == second["heads"] == HEADS // SIZE and first["codes"] and second["codes"]
-    for name in ("codes", "window", "tables", "elements"):
+    # the starts of its groups of keys are with each process
+    for name in ("window", "tables", "elements", *(() if config == SCALAR else ("codes",))):
         assert first["sizes"][1][name] + second["sizes"][1][name] == first["sizes"][0][name], name
 
 

@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from .codebook import AnTKVCodebook
     from .config import AnTKVConfig
 
 # torch and transformers are imported inside the commands: --help answers at once.
@@ -54,7 +55,9 @@ Model = Annotated[
 Codebook = Annotated[
     str,
     typer.Argument(
-        metavar="CODEBOOK", help="Codebook of that model: folder, Hub id, or a shipped one: smollm2-135m-instruct-1bit."
+        metavar="CODEBOOK",
+        help="Codebook of that model: folder, Hub id, or a shipped one: smollm2-135m-instruct-1bit. ott-2bit and "
+        "ott-4bit need none.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes the GPU if there is one.")]
@@ -130,7 +133,9 @@ def generate(
     loaded, tokenizer = _load_model(model, device, dtype)
     from .cache.cache import AnTKVCache
 
-    cache = AnTKVCache.from_pretrained(_codebook_place(codebook), model=loaded, **_changes(settings))
+    book, config = _codec(codebook, settings)
+    cache = AnTKVCache(loaded.config, config, book)
+    loaded.set_attn_implementation("antkv")
     if chat and getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -223,7 +228,8 @@ def evaluate(
     codebook: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CODEBOOK]", help="As for generate; without it only the plain model and --baseline are measured."
+            metavar="[CODEBOOK]",
+            help="As for generate; without it only the plain model and --baseline are measured.",
         ),
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text file, folder or data set; repeat for several.")] = None,
@@ -259,13 +265,11 @@ def evaluate(
         raise ValueError("--save needs CODEBOOK to be a local folder")
     if save and settings:
         raise ValueError("--save records the codebook's own settings; leave --set out")
-    from .codebook import AnTKVCodebook
     from .evaluation import evaluate as measure
     from .evaluation import format_rows, save_codebook, with_rows
     from .texts import load_texts
 
-    book = None if codebook is None else AnTKVCodebook.from_pretrained(_codebook_place(codebook))
-    config = None if book is None else _changed(book.config, settings)
+    book, config = (None, None) if codebook is None else _codec(codebook, settings)
     sources = {Path(source).name or source: load_texts(source) for source in text}
     loaded, tokenizer = _load_model(model, device, dtype)
     rows = []
@@ -336,6 +340,21 @@ def _codebook_place(name: str) -> str:
     from .demo import find_codebook
 
     return find_codebook(name)
+
+
+def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None, AnTKVConfig]:
+    """Codebook and config of the argument CODEBOOK; a preset that needs no codebook also takes ``--set group=64``."""
+    from .codebook import AnTKVCodebook
+    from .config import OTT, AnTKVConfig
+
+    if not name.startswith(OTT):
+        book = AnTKVCodebook.from_pretrained(_codebook_place(name))
+        return book, _changed(book.config, settings)
+    groups = [setting for setting in settings or [] if setting.startswith("group=")]
+    rest = [setting for setting in settings or [] if setting not in groups]
+    if groups and not groups[-1][6:].isdigit():
+        raise ValueError(f"--set {groups[-1]!r}: group is a number")
+    return None, _changed(AnTKVConfig.preset(name, group=int(groups[-1][6:]) if groups else None), rest)
 
 
 def _load_model(name: str, device: str, dtype: str):

@@ -60,12 +60,11 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         calibration: dict[str, Any] | None = None,
         evaluation: list[dict[str, Any]] | None = None,
     ):
-        if config.key is None or config.value is None:
-            raise ValueError("a codebook needs codec specs for keys and values; the identity codec has no tables")
+        key_spec, value_spec = config.vq_specs()
         for layer, (key, value) in tables.items():
             for role, spec, part, dim in (
-                ("key", config.key, key, model["head_dim"]),
-                ("value", config.value, value, model["value_dim"]),
+                ("key", key_spec, key, model["head_dim"]),
+                ("value", value_spec, value, model["value_dim"]),
             ):
                 try:
                     part.check(spec, model["kv_heads"], dim)
@@ -105,8 +104,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         A layer that gets a share of its kv heads (tensor parallelism, see `tensor_parallel`) gets their tables.
         """
 
-        key_spec, value_spec = config.key, config.value
-        assert key_spec is not None and value_spec is not None, "the identity codec needs no codebook"
+        key_spec, value_spec = config.vq_specs()
 
         def codec(layer: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
             key, value = self.tables[layer]

@@ -11,6 +11,9 @@ from typing import Any
 CODE_BITS = (4, 6, 8, 10, 12)
 ANCHOR_DTYPES = ("int8", "float16")
 ROPE_MODES = ("pre", "none", "block")
+SCALAR_BITS, SCALAR_GROUPS = (2, 4), (32, 64, 128)
+OTT = "ott-"  # presets that need no codebook
+OUTLIERS, OUTLIER_POOL = 0.04, 256  # their outlier tokens: share of a chunk, and most that a kv head keeps
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,59 @@ class VQSpec:
         return f"d{self.sub_dim}b{self.code_bits}" + (f"s{self.stages}" if self.stages > 1 else "")
 
 
+@dataclass(frozen=True)
+class ScalarSpec:
+    """Asymmetric scalar quantization, ``x = zero + scale * code``, which needs no codebook (KIVI, OTT).
+
+    Keys share a float16 scale and zero over `group` consecutive tokens of a channel, values over `group` channels of
+    a token (all of them in a smaller head).
+
+    Args:
+        bits: bits of a code, 2 or 4.
+        group: elements that share a scale and a zero, one of 32, 64, 128.
+
+    Raises:
+        ValueError: if a number is none of those.
+    """
+
+    bits: int = 2
+    group: int = 32
+
+    def __post_init__(self) -> None:
+        if self.bits not in SCALAR_BITS:
+            raise ValueError(f"{self.bits}-bit scalar codes do not exist; choose one of {SCALAR_BITS}")
+        if self.group not in SCALAR_GROUPS:
+            raise ValueError(f"group={self.group} does not exist; choose one of {SCALAR_GROUPS}")
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits a cached element costs with its share of scale and zero (anchors and window not counted)."""
+        return self.bits + 32 / self.group
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.bits
+
+    def channel_groups(self, head_dim: int) -> int:
+        """Groups that the channels of one value make; the last may be smaller."""
+        return -(-head_dim // self.group)
+
+    def code_bytes(self, head_dim: int) -> int:
+        """Bytes of one vector's packed codes."""
+        return -(-head_dim * self.bits // 8)
+
+    @classmethod
+    def parse(cls, text: str) -> ScalarSpec:
+        """Reads ``"int2g32"``: 2-bit codes, groups of 32."""
+        match = re.fullmatch(r"int(\d+)g(\d+)", text.strip())
+        if not match:
+            raise ValueError(f"cannot read scalar spec {text!r}; write it as int<bits>g<group>, e.g. int2g32")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"int{self.bits}g{self.group}"
+
+
 BITS_TO_SPEC = {
     "4": VQSpec(2, 8),
     "2": VQSpec(4, 8),
@@ -105,10 +161,14 @@ class AnchorConfig:
 
     Args:
         score: name of the score (``antkv_hf.anchors.SCORES``): ``error_aware`` (default), ``anchor_score`` (AnTKV's),
-            ``accumulated_attention``, ``squared_attention``, ``key_norm``, ``first_tokens``, ``random``, ``none``.
+            ``accumulated_attention``, ``squared_attention``, ``outlier_tokens`` (OTT's), ``key_norm``,
+            ``first_tokens``, ``random``, ``none``.
         fraction: share of each chunk and kv head that is kept, 0 to 1.
+        max_tokens: most anchors that a sequence and kv head keeps in all; the worst-scored is demoted to its code when
+            a better one comes. 0 keeps every chunk's.
         dtype: ``int8`` (a float16 scale per vector) or ``float16``.
-        sinks: first tokens of each sequence, always kept in 16 bits (float16, or bfloat16 in a bfloat16 model).
+        sinks: first tokens of each sequence, always kept in 16 bits (float16, or bfloat16 in a bfloat16 model); beside
+            scalar codes in the model's dtype.
         query_stride: of the queries more than two blocks of 128 tokens after a token, every how many-th scores it
             (weighted by as much); nearer ones all do. 1 counts every query: slightly better anchors (0.2% of SmolLM2's
             perplexity at 1 bit), but to score a Llama-3-8B's prompt of 32K tokens then takes 0.63 s on an H100, not
@@ -120,8 +180,11 @@ class AnchorConfig:
     dtype: str = "int8"
     sinks: int = 4
     query_stride: int = 16
+    max_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens={self.max_tokens} must not be negative (0 keeps the anchors of every chunk)")
         if self.query_stride < 1:
             raise ValueError(f"query_stride={self.query_stride} must be at least 1 (1 counts every query)")
         if not 0.0 <= self.fraction <= 1.0:
@@ -141,17 +204,19 @@ class AnTKVConfig:
     """Everything that decides what an `AnTKVCache` keeps.
 
     Args:
-        key, value: codec specs, separately choosable; None is the identity codec (nothing is quantized; for tests).
+        key, value: codec specs, separately choosable: two `VQSpec` (a codebook is needed), two `ScalarSpec` (none is),
+            or two None for the identity codec (nothing is quantized; for tests).
         anchors: which tokens stay exact, and how.
         window: most recent tokens that always stay exact, >= 1 (default 128).
-        chunk: tokens that are encoded at a time and share an anchor budget (default 128).
+        chunk: tokens that are encoded at a time and share an anchor budget (default 128); a multiple of a scalar
+            spec's key group.
         rope: form in which keys are coded: ``pre`` (before RoPE), ``none`` (model without RoPE), ``block`` (reserved).
         skip_layers: layer indices left unquantized.
         backend: ``auto``, ``reference``, ``triton`` or ``cuda``; the environment variable ANTKV_BACKEND overrides it.
     """
 
-    key: VQSpec | None = field(default_factory=VQSpec)
-    value: VQSpec | None = field(default_factory=VQSpec)
+    key: VQSpec | ScalarSpec | None = field(default_factory=VQSpec)
+    value: VQSpec | ScalarSpec | None = field(default_factory=VQSpec)
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
     window: int = 128
     chunk: int = 128
@@ -162,6 +227,11 @@ class AnTKVConfig:
     def __post_init__(self) -> None:
         if (self.key is None) != (self.value is None):
             raise ValueError("key and value must both have a codec spec, or both be None (identity)")
+        if type(self.key) is not type(self.value):
+            raise ValueError(
+                f"keys {self.key} and values {self.value} are specs of different kinds: give both as d<..>b<..> "
+                "(vector quantization, from a codebook) or both as int<..>g<..>"
+            )
         if self.window < 1:
             raise ValueError(
                 f"window={self.window} must be at least 1: tokens are scored for anchors while they are in the window "
@@ -169,6 +239,11 @@ class AnTKVConfig:
             )
         if self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} must be at least 1 token (default 128)")
+        if isinstance(self.key, ScalarSpec) and self.chunk % self.key.group:
+            raise ValueError(
+                f"chunk={self.chunk} is not a multiple of the {self.key.group} tokens whose keys share a scale: choose "
+                f"a multiple of {self.key.group}, or another group"
+            )
         if self.rope not in ROPE_MODES:
             raise ValueError(f"rope mode {self.rope!r} is unknown; choose one of {ROPE_MODES}")
         if self.rope == "block":
@@ -181,18 +256,44 @@ class AnTKVConfig:
     def is_identity(self) -> bool:
         return self.key is None
 
+    def vq_specs(self) -> tuple[VQSpec, VQSpec]:
+        """Specs of keys and values whose tables a codebook holds; raises ValueError for a codec without tables."""
+        if not isinstance(self.key, VQSpec) or not isinstance(self.value, VQSpec):
+            name = "the identity codec" if self.key is None else f"codec {self.key}"
+            raise ValueError(f"{name} has no tables to learn or hold: choose e.g. AnTKVConfig.preset('1bit')")
+        return self.key, self.value
+
     @classmethod
-    def preset(cls, name: str, *, key: float | str | None = None, value: float | str | None = None, **overrides: Any):
-        """A named configuration: ``"1bit"``, ``"2bit"``, ... (see `BITS_TO_SPEC`) or ``"identity"``.
+    def preset(
+        cls,
+        name: str,
+        *,
+        key: float | str | None = None,
+        value: float | str | None = None,
+        group: int | None = None,
+        **overrides: Any,
+    ) -> AnTKVConfig:
+        """A named configuration: ``"1bit"``, ``"2bit"``, ... (see `BITS_TO_SPEC`), ``"ott-2bit"``, ``"ott-4bit"`` (no
+        codebook needed) or ``"identity"``. OTT's own choice of outlier tokens, which looks at no query, is
+        ``.replace(anchor_score="outlier_tokens")``; the default costs less quality.
 
         Args:
             name: bits per element of keys and values.
-            key, value: other bits (or a spec such as ``"d16b8s2"``) for keys or values alone.
+            key, value: other bits (or a spec such as ``"d16b8s2"`` or ``"int4g64"``) for keys or values alone.
+            group: elements that share a scale, 32, 64 or 128, of the ``ott-`` presets only; by default 64, and 32 for
+                2-bit keys.
             overrides: any other field of the config, e.g. ``window=64``.
 
         Raises:
-            ValueError: for bits that do not exist; the message lists those that do.
+            ValueError: for bits or a group that do not exist; the message lists those that do.
         """
+        if name.startswith(OTT):
+            bits = [name.removeprefix(OTT) if own is None else own for own in (key, value)]
+            scalar = [_scalar_spec(b, group, role) for b, role in zip(bits, ("key", "value"))]
+            anchors = AnchorConfig(fraction=OUTLIERS, max_tokens=OUTLIER_POOL)
+            return cls(key=scalar[0], value=scalar[1], **{"anchors": anchors, **overrides})
+        if group is not None:
+            raise ValueError(f"group={group} belongs to the presets ott-2bit and ott-4bit, not to {name!r}")
         if name == "identity":
             return cls(key=None, value=None, **{"anchors": AnchorConfig(score="none", sinks=0), **overrides})
         specs = [name if bits is None else bits for bits in (key, value)]
@@ -212,7 +313,7 @@ class AnTKVConfig:
         data = dict(data)
         for name in ("key", "value"):
             if isinstance(data.get(name), str):
-                data[name] = VQSpec.parse(data[name])
+                data[name] = parse_spec(data[name])
         if isinstance(data.get("anchors"), dict):
             _check_fields(AnchorConfig, data["anchors"])
             data["anchors"] = AnchorConfig(**data["anchors"])
@@ -236,5 +337,21 @@ def _check_fields(cls: type, given: dict[str, Any]) -> None:
         raise ValueError(f"unknown config field {unknown[0]!r}; known fields are {', '.join(known)}")
 
 
+def parse_spec(text: str) -> VQSpec | ScalarSpec:
+    """Reads a spec of either kind, as `str` writes it."""
+    return ScalarSpec.parse(text) if text.strip().startswith("int") else VQSpec.parse(text)
+
+
 def _spec(bits: float | str) -> VQSpec:
     return VQSpec.parse(bits) if isinstance(bits, str) and bits.startswith("d") else VQSpec.for_bits(bits)
+
+
+def _scalar_spec(bits: float | str, group: int | None, role: str) -> ScalarSpec:
+    text = bits.removesuffix("bit") if isinstance(bits, str) else f"{bits:g}"
+    if text.startswith("int"):
+        return ScalarSpec.parse(text)
+    if text not in map(str, SCALAR_BITS):
+        raise ValueError(f"{text} bits do not exist without a codebook; choose ott-2bit or ott-4bit")
+    if group is None:
+        group = 32 if (text, role) == ("2", "key") else 64
+    return ScalarSpec(int(text), group)

@@ -14,6 +14,7 @@ from .cache.cache import AnTKVCache
 from .cache.prompt_guard import locals_above
 from .codebook import AnTKVCodebook
 from .config import AnTKVConfig
+from .static_storage import size_obstacle
 
 _STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # one token a sequence and step, nothing reordered
 
@@ -67,6 +68,9 @@ def antkv_generate(
         # generate() has made a cache of its own by now unless the user gave one: an empty one, replaced here.
         cache = model_kwargs.get("past_key_values")
         if not isinstance(cache, AnTKVCache):
+            kept = config or getattr(codebook, "config", None)
+            if unusable is None and kept is not None:
+                unusable = size_obstacle(kept)
             limit = generation_config.max_length if max_length is None and unusable is None else max_length
             limit = limit if mode in _STEPWISE else None
             embedded = model_kwargs.get("inputs_embeds")

@@ -18,7 +18,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache.cache import AnTKVCache
-from .static_storage import Counts, StaticStorage
+from .static_storage import Counts, StaticStorage, size_obstacle
 
 LANES = ("sdpa", "antkv")  # attention implementations that leave the cache's handles as they are
 FIRST_BUCKET, GROWTH = 4096, 4  # coded tokens that a graph is planned for: the smallest plan, and from one to the next
@@ -114,7 +114,7 @@ def obstacle(model, cache: AnTKVCache, attention_mask: torch.Tensor | None = Non
         attention_mask: the prompt's, ``(batch, n)``: padding must be on the left. Looked at on the host.
     """
     if cache.max_length is None:
-        return "the cache grows: make it with max_length"
+        return size_obstacle(cache.antkv_config) or "the cache grows: make it with max_length"
     if len(cache.quantized_layers) < len(cache.layers):
         return f"{len(cache.layers) - len(cache.quantized_layers)} of {len(cache.layers)} layers are not quantized"
     if (lane := _lane(model)) not in LANES:

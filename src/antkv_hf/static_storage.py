@@ -20,11 +20,21 @@ from .anchors import AnchorScore, anchors_per_chunk
 from .attention.backends import Backend
 from .attention.reference_backend import REFERENCE
 from .codecs import LayerCodec
-from .config import AnTKVConfig
-from .storage import ENCODE_BLOCK, ExactTokens, LayerStorage, Snapshot, sink_dtype
+from .config import AnTKVConfig, ScalarSpec
+from .exact_tokens import ExactTokens, sink_dtype
+from .storage import ENCODE_BLOCK, LayerStorage, Snapshot
 from .storage_check import code_form
 
 ALIGNMENT = 64  # the capacity is a multiple of as many coded tokens
+
+
+def size_obstacle(config: AnTKVConfig) -> str | None:
+    """Why buffers of fixed size cannot hold what `config` keeps; None if they can."""
+    if isinstance(config.key, ScalarSpec):
+        return f"a cache of scalar codes ({config.key}) grows, scales of its groups with it"
+    if config.anchors.max_tokens:
+        return f"anchors.max_tokens={config.anchors.max_tokens} lets anchors go, which fixed slots do not"
+    return None
 
 
 class Counts(NamedTuple):
@@ -106,6 +116,7 @@ class StaticStorage(LayerStorage):
     ):  # fmt: skip
         self.codec, self.config, self.backend, self.max_length = codec, config, backend, max_length
         self.score = score if config.anchors.enabled else None
+        self.scales = self.anchor_scores = None  # see `size_obstacle`
         batch, heads = keys.shape[:2]
         place = dict(device=keys.device)
         self.query_moment = torch.zeros(batch, heads, 2, **place)
@@ -134,7 +145,7 @@ class StaticStorage(LayerStorage):
         self.buffers = StaticBuffers(
             key_codes=codes(codec.key, keys),
             value_codes=codes(codec.value, values),
-            sinks=exact(sinks, sink_dtype(keys.dtype)) if sinks else None,
+            sinks=exact(sinks, sink_dtype(keys.dtype, codec)) if sinks else None,
             anchors=exact(slots, anchor_dtype) if self.slots_per_chunk else None,
             exact_bits=torch.zeros(batch, heads, capacity // 8, dtype=torch.uint8, **place),
             tail_keys=torch.zeros(batch, heads, rows, keys.shape[3], dtype=keys.dtype, **place),
@@ -294,7 +305,7 @@ class StaticStorage(LayerStorage):
         for buffer, new in zip((self.buffers.key_codes, self.buffers.value_codes), codes):
             buffer.index_copy_(2, index, new)
 
-    def _keep_anchors(self, new: ExactTokens) -> None:
+    def _keep_anchors(self, new: ExactTokens, scores: torch.Tensor) -> None:
         buffers = self.buffers.anchors
         assert buffers is not None
         slot = self._first_slot + torch.arange(new.positions.shape[2], device=self.offset.device)
@@ -313,7 +324,7 @@ class StaticStorage(LayerStorage):
         place = local.clamp(0, keys.shape[2] - 1).unsqueeze(-1)
         kept_keys, kept_values = (x.gather(2, place.expand(*local.shape, x.shape[3])) for x in (keys, values))
         index = (local + indices[0]).masked_fill(~here, -1)
-        new = ExactTokens.store(index, kept_keys, kept_values, buffers.keys.dtype, self.codec, self.offset)
+        new = ExactTokens.store(index, kept_keys, kept_values, buffers.keys.dtype, self.codec, self.offset, None)
         for buffer, part in zip(buffers.tensors(), new.tensors()):
             if buffer is not None and part is not None:
                 buffer.copy_(torch.where(here if part.ndim == 3 else here.unsqueeze(-1), part, buffer))

@@ -7,107 +7,23 @@ are exactly as large as what they hold. Codes are tiny, so concatenating them ev
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .anchors import AnchorScore, TokenContext, select_anchors
-from .attention.backends import Backend
+from .anchors import AnchorScore, TokenContext, best_tokens, select_anchors, within_budget
+from .attention.backends import Backend, Encoded
 from .attention.reference_backend import REFERENCE
-from .codecs import LayerCodec
+from .codecs import ChannelQuantizer, LayerCodec, ScalarScales
 from .config import AnTKVConfig
+from .exact_tokens import ExactTokens, sink_dtype, take
 
 if TYPE_CHECKING:
     from .static_storage import StaticBuffers
 
 ENCODE_BLOCK = 4096  # tokens encoded at a time: bounds the workspace of a long prefill
-
-
-@dataclass(frozen=True)
-class ExactTokens:
-    """Tokens kept beside the codes: sinks (16 bits), anchors (float16, or int8 with a float16 scale a vector).
-
-    Args:
-        positions: int32 ``(batch, kv_heads, m)``, index into the sequence, -1 for an empty slot.
-        keys, values: ``(batch, kv_heads, m, dim)``. Keys are as after RoPE, except int8 ones: those are before RoPE
-            with the codec's mean taken off, so that a large constant key bias costs no precision.
-        key_scale, value_scale: float16 ``(batch, kv_heads, m, 1)``, int8 only.
-    """
-
-    positions: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    key_scale: torch.Tensor | None = None
-    value_scale: torch.Tensor | None = None
-
-    @classmethod
-    def store(cls, indices, keys, values, dtype: torch.dtype, codec: LayerCodec, offset: torch.Tensor) -> ExactTokens:
-        """Keeps `keys` (after RoPE) and `values` of the tokens at `indices` ``(batch, kv_heads, m)`` (-1: empty)."""
-        positions = indices.to(torch.int32)
-        if dtype != torch.int8:
-            limit = torch.finfo(dtype).max  # float16 would turn a float32 model's outlier into infinity
-            return cls(positions, *(x.clamp(-limit, limit).to(dtype) for x in (keys, values)))
-        plain = keys.float()
-        if codec.rotary is not None:
-            plain = codec.rotary.unrotate(plain, indices - offset.view(-1, 1, 1))
-        center = getattr(codec.key, "mean", None)
-        if center is not None:
-            plain = plain - center.unsqueeze(1)
-        return cls(positions, *_to_int8(plain, values.float()))
-
-    def read(self, codec: LayerCodec, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (after RoPE) and values ``(batch, kv_heads, m, dim)`` as attention uses them."""
-        if self.key_scale is None or self.value_scale is None:
-            return self.keys, self.values
-        plain = self.keys.float() * self.key_scale.float()
-        center = getattr(codec.key, "mean", None)
-        if center is not None:
-            plain = plain + center.unsqueeze(1)
-        keys = codec.rotated_keys(plain, self.positions - offset.view(-1, 1, 1))
-        return keys, self.values.float() * self.value_scale.float()
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExactTokens:
-        return self._of(None if t is None else change(t) for t in self.tensors())
-
-    def tensors(self) -> list[torch.Tensor | None]:
-        return [getattr(self, f.name) for f in fields(self)]
-
-    def append(self, other: ExactTokens) -> ExactTokens:
-        pairs = zip(self.tensors(), other.tensors())
-        return self._of(None if a is None or b is None else torch.cat([a, b], 2) for a, b in pairs)
-
-    @classmethod
-    def _of(cls, tensors: Iterable[torch.Tensor | None]) -> ExactTokens:
-        return cls(*tensors)  # type: ignore[arg-type]  # positions, keys and values are never None
-
-    def crop(self, length: int) -> ExactTokens | None:
-        """Without the tokens at positions >= `length`; None if nothing is left."""
-        positions = self.positions.masked_fill(self.positions >= length, -1)
-        used = (positions >= 0).flatten(0, 1).any(0)
-        if not used.any():
-            return None
-        kept = replace(self, positions=positions)
-        return kept if used.all() else kept.map(lambda t: t[:, :, used])
-
-    def memory_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors() if t is not None)
-
-
-def sink_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what sinks of a model in `dtype` are kept: 16 bits."""
-    return torch.float16 if dtype == torch.float32 else dtype
-
-
-def _to_int8(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    scales, rounded = [], []
-    for x in (keys, values):
-        # 6e-8 is float16's smallest positive number: an all-zero vector keeps a scale that can be divided by.
-        scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(6e-8, torch.finfo(torch.float16).max).to(torch.float16)
-        scales.append(scale)
-        rounded.append((x / scale.float()).round().clamp_(-127, 127).to(torch.int8))
-    return (*rounded, *scales)
 
 
 @dataclass(frozen=True)
@@ -118,6 +34,7 @@ class Snapshot:
         key_codes, value_codes: ``(batch, kv_heads, coded, width)`` or None while nothing is coded.
         exact_tokens: sinks and anchors among the coded tokens; `exact_bits` is uint8
             ``(batch, kv_heads, ceil(coded / 8))`` with bit ``t % 8`` of byte ``t // 8`` set for each of them.
+        scales: what scalar codes need beside themselves; None for other codecs.
         tail_keys, tail_values: ``(batch, kv_heads, tail, dim)`` after RoPE, model dtype.
         offset: int64 ``(batch,)``: a token's RoPE position is its index minus this (left padding).
         static: the whole buffers of a `StaticStorage`, of which codes, exact tokens and tail are views; else None.
@@ -131,6 +48,7 @@ class Snapshot:
     tail_values: torch.Tensor
     offset: torch.Tensor
     exact_bits: torch.Tensor | None = None
+    scales: ScalarScales | None = None
     static: StaticBuffers | None = None
 
     @property
@@ -140,6 +58,11 @@ class Snapshot:
     @property
     def length(self) -> int:
         return self.coded_length + self.tail_keys.shape[2]
+
+    @property
+    def key_center(self) -> torch.Tensor | None:
+        """What `ExactTokens` needs to read int8 keys."""
+        return self.codec.key_center(self.scales)
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """RoPE positions ``(batch, stop - start)`` of the tokens at indices ``start..stop-1``."""
@@ -152,12 +75,13 @@ class Snapshot:
     def decode_keys(self, start: int, stop: int) -> torch.Tensor:
         """Keys after RoPE that the codes of tokens ``start..stop-1`` stand for."""
         assert self.key_codes is not None
-        return self.codec.decode_keys(self.key_codes[:, :, start:stop], self.positions(start, stop))
+        codes = self.key_codes[:, :, start:stop]
+        return self.codec.decode_keys(codes, self.positions(start, stop), self.scales, start)
 
     def block_keys(self, start: int, stop: int) -> torch.Tensor:
         """The same keys seen from the block's first token; `block_query` turns queries to match."""
         assert self.key_codes is not None
-        keys = self.codec.key.decode(self.key_codes[:, :, start:stop])
+        keys = self.codec.decode_plain(self.key_codes[:, :, start:stop], self.scales, start)
         return keys if self.codec.rotary is None else self.codec.rotary.rotate_block(keys)
 
     def block_query(self, query: torch.Tensor, start: int) -> torch.Tensor:
@@ -175,18 +99,25 @@ class Snapshot:
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values as plain tensors ``(batch, kv_heads, length, dim)``: correct everywhere, and large."""
-        if self.key_codes is None or self.value_codes is None:
+        if self.key_codes is None:
             return self.tail_keys, self.tail_values
+        keys, values = self.dense_coded(0, self.coded_length)
+        return torch.cat([keys, self.tail_keys], 2), torch.cat([values, self.tail_values], 2)
+
+    def dense_coded(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (after RoPE) and values of the coded tokens ``start..stop-1``, exact tokens in their places."""
+        assert self.value_codes is not None
         dtype = self.tail_keys.dtype
-        keys = self.decode_keys(0, self.coded_length).to(dtype, copy=True)
-        values = self.codec.value.decode(self.value_codes).to(dtype, copy=True)
+        keys = self.decode_keys(start, stop).to(dtype, copy=True)
+        values = self.codec.decode_values(self.value_codes[:, :, start:stop], self.scales).to(dtype, copy=True)
         for tokens in self.exact_tokens:
-            batch, head, slot = (tokens.positions >= 0).nonzero(as_tuple=True)
-            index = tokens.positions[batch, head, slot].long()
-            exact_keys, exact_values = tokens.read(self.codec, self.offset)
+            inside = (tokens.positions >= start) & (tokens.positions < stop)
+            batch, head, slot = inside.nonzero(as_tuple=True)
+            index = tokens.positions[batch, head, slot].long() - start
+            exact_keys, exact_values = tokens.read(self.codec, self.offset, self.key_center)
             keys[batch, head, index] = exact_keys[batch, head, slot].to(dtype)
             values[batch, head, index] = exact_values[batch, head, slot].to(dtype)
-        return torch.cat([keys, self.tail_keys], 2), torch.cat([values, self.tail_values], 2)
+        return keys, values
 
 
 class LayerStorage:
@@ -194,10 +125,13 @@ class LayerStorage:
 
     `statistic` holds what the anchor score needs of each tail token, ``(batch, kv_heads, tail)`` float32;
     `query_moment` is the running (sum of scale^2 |q|^2 / D, count) a kv head, ``(batch, kv_heads, 2)``.
+    `anchor_scores`, float32 ``(batch, kv_heads, anchors)``, -inf for an empty slot, are kept where a budget may demote
+    anchors to their codes, and None elsewhere.
     """
 
     _BATCHED = (
-        "key_codes", "value_codes", "exact_bits", "tail_keys", "tail_values", "statistic", "query_moment", "offset"
+        "key_codes", "value_codes", "exact_bits", "tail_keys", "tail_values", "statistic", "query_moment", "offset",
+        "anchor_scores",
     )  # fmt: skip
 
     def __init__(
@@ -211,7 +145,9 @@ class LayerStorage:
         self.value_codes: torch.Tensor | None = None
         self.sinks: ExactTokens | None = None
         self.anchors: ExactTokens | None = None
+        self.anchor_scores: torch.Tensor | None = None
         self.exact_bits: torch.Tensor | None = None
+        self.scales = ScalarScales.none(keys, values) if isinstance(codec.key, ChannelQuantizer) else None
         self.tail_keys, self.tail_values = keys[:, :, :0], values[:, :, :0]
         self.statistic = torch.zeros(batch, heads, 0, device=keys.device)
         self.query_moment = torch.zeros(batch, heads, 2, device=keys.device)
@@ -233,7 +169,7 @@ class LayerStorage:
         exact = tuple(tokens for tokens in (self.sinks, self.anchors) if tokens is not None)
         return Snapshot(
             self.codec, self.key_codes, self.value_codes, exact, self.tail_keys, self.tail_values, self.offset,
-            self.exact_bits,
+            self.exact_bits, self.scales,
         )  # fmt: skip
 
     @property
@@ -277,37 +213,83 @@ class LayerStorage:
         indices = first + torch.arange(start, stop, device=keys.device)
         # An index that only the device knows goes into the offset: what counts is their difference.
         origin, offset = (first + start, self.offset) if isinstance(first, int) else (0, self.offset - indices[0])
-        coded = self.backend.encode(self.codec, keys, values, origin, offset)
+        positions = indices - self.offset.unsqueeze(1)
+        # Padding is never attended to and sinks are exact already: neither may take an anchor's place, or widen the
+        # range of a group of keys.
+        taken = (positions < self.config.anchors.sinks).unsqueeze(1)
+        self._learn_scales(start, keys, values, positions)
+        coded = self._code(keys, values, origin, offset, taken)
         self._keep_sinks(start, indices, keys, values)
         if self.score is not None:
-            positions = indices - self.offset.unsqueeze(1)
-            scale = 1.0 if self.codec.rotary is None else self.codec.rotary.scaling
-            moment, count = self.query_moment.unsqueeze(2).unbind(-1)  # (batch, kv_heads, 1)
-            statistic = None
-            if self.score.term is not None:  # if no query was seen (materialised lane), errors alone decide
-                statistic = torch.where(count > 0, self.statistic[:, :, start:stop], 1.0)
-            context = TokenContext(
-                statistic=statistic,
-                keys=keys,
-                values=values,
-                key_error=coded.key_error * scale**2,
-                value_error=coded.value_error,
-                logit_variance=moment / count.clamp_min(1),
-                positions=positions,
-            )
-            # Padding is never attended to and sinks are exact already: neither may take a place.
-            taken = (positions < self.config.anchors.sinks).unsqueeze(1)
-            scores = self.score.score(context).masked_fill(taken, float("-inf"))
-            best = select_anchors(scores, self.config.anchors.fraction, self.config.chunk)
-            # A chunk with fewer candidates than places leaves slots empty; a sink taken again would count twice.
-            index = (best + indices[0]).masked_fill(scores.gather(2, best) == float("-inf"), -1)
-            dtype = torch.int8 if self.config.anchors.dtype == "int8" else torch.float16
-            new = ExactTokens.store(index, *_gather(best, keys, values), dtype, self.codec, self.offset)
-            self._keep_anchors(new)
+            chosen = self._choose_anchors(start, indices, keys, values, taken, coded)
+            if self.scales is not None:  # anchors, now known, do not widen ranges either
+                coded = self._code(keys, values, origin, offset, taken | chosen)
+        if self.scales is not None and coded.scales is not None:
+            self.scales = self.scales.append(coded.scales, self.coded_length + start)
         return coded.key_codes, coded.value_codes
 
-    def _keep_anchors(self, new: ExactTokens) -> None:
+    def _code(self, keys, values, first: int, offset: torch.Tensor, excluded: torch.Tensor) -> Encoded:
+        if self.scales is None:
+            return self.backend.encode(self.codec, keys, values, first, offset)
+        excluded = excluded.expand(keys.shape[:3])
+        return self.backend.encode(self.codec, keys, values, first, offset, self.scales, excluded)
+
+    def _learn_scales(self, start: int, keys, values, positions: torch.Tensor) -> None:
+        """Takes each sequence's means and deviations from the first chunk that holds any but padding and sinks."""
+        first, sinks, chunk = self.coded_length + start, self.config.anchors.sinks, self.config.chunk
+        if self.scales is None or first > self.max_offset + sinks:
+            return
+        real = positions >= sinks
+        chunks = real.unflatten(1, (-1, chunk)).any(-1)
+        counted = real & (torch.arange(keys.shape[2], device=keys.device) // chunk == chunks.int().argmax(1, True))
+        plain = self.codec.plain_keys(keys, positions).float()
+        self.scales = self.scales.learn(plain, values, counted, known=first > self.offset + sinks)
+
+    def _choose_anchors(self, start: int, indices, keys, values, taken: torch.Tensor, coded: Encoded) -> torch.Tensor:
+        """Stores the best tokens of each chunk that find a place; returns which, bool ``(batch, kv_heads, n)``."""
+        anchors, score, n = self.config.anchors, self.score, keys.shape[2]
+        assert score is not None
+        scale = 1.0 if self.codec.rotary is None else self.codec.rotary.scaling
+        moment, count = self.query_moment.unsqueeze(2).unbind(-1)  # (batch, kv_heads, 1)
+        statistic = None
+        if score.term is not None:  # if no query was seen (materialised lane), errors alone decide
+            statistic = torch.where(count > 0, self.statistic[:, :, start : start + n], 1.0)
+        context = TokenContext(
+            statistic=statistic,
+            keys=keys,
+            values=values,
+            key_error=coded.key_error * scale**2,
+            value_error=coded.value_error,
+            logit_variance=moment / count.clamp_min(1),
+            positions=indices - self.offset.unsqueeze(1),
+        )
+        scores = score.score(context).masked_fill(taken, float("-inf"))
+        best = select_anchors(scores, anchors.fraction, self.config.chunk)
+        best_scores = scores.gather(2, best)
+        if anchors.max_tokens:
+            held = scores[:, :, :0] if self.anchor_scores is None else self.anchor_scores
+            best_scores = within_budget(held, best_scores, n // self.config.chunk, anchors.max_tokens)
+        # A chunk with fewer candidates than places leaves slots empty; a sink taken again would count twice.
+        empty = best_scores == float("-inf")
+        dtype = torch.int8 if anchors.dtype == "int8" else torch.float16
+        new = ExactTokens.store(
+            (best + indices[0]).masked_fill(empty, -1), take(keys, best), take(values, best), dtype, self.codec,
+            self.offset, self.codec.key_center(self.scales),
+        )  # fmt: skip
+        self._keep_anchors(new, best_scores)
+        chosen = torch.zeros(*scores.shape[:2], n + 1, dtype=torch.bool, device=keys.device)
+        return chosen.scatter_(2, best.masked_fill(empty, n), True)[:, :, :-1]
+
+    def _keep_anchors(self, new: ExactTokens, scores: torch.Tensor) -> None:
+        """Adds anchors with their scores ``(batch, kv_heads, m)``; beyond the budget the worst of all are let go."""
         self.anchors = new if self.anchors is None else self.anchors.append(new)
+        budget = self.config.anchors.max_tokens
+        if not budget:
+            return
+        self.anchor_scores = scores if self.anchor_scores is None else torch.cat([self.anchor_scores, scores], 2)
+        if self.anchor_scores.shape[2] > budget:  # the worst are demoted to their codes
+            left = best_tokens(self.anchor_scores, budget)
+            self.anchors, self.anchor_scores = self.anchors.select(left), take(self.anchor_scores, left)
 
     def _keep_sinks(self, start: int, indices: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         count, first = self.config.anchors.sinks, self.coded_length + start
@@ -319,8 +301,15 @@ class LayerStorage:
             return
         local = (wanted - indices[0]).clamp(0, len(indices) - 1).unsqueeze(1).expand(-1, keys.shape[1], -1)
         index = wanted.masked_fill(~here, -1).unsqueeze(1).expand(-1, keys.shape[1], -1)
-        kept = _gather(local, keys, values)
-        new = ExactTokens.store(index, *kept, sink_dtype(keys.dtype), self.codec, self.offset)
+        new = ExactTokens.store(
+            index,
+            take(keys, local),
+            take(values, local),
+            sink_dtype(keys.dtype, self.codec),
+            self.codec,
+            self.offset,
+            None,
+        )
         self.sinks = new if self.sinks is None else self.sinks.append(new)
 
     def crop(self, length: int) -> None:
@@ -336,6 +325,12 @@ class LayerStorage:
         for name in ("key_codes", "value_codes"):
             codes = getattr(self, name)
             setattr(self, name, codes[:, :, :length].clone() if length else None)
+        if self.scales is not None:
+            self.scales = self.scales.crop(length) if length else ScalarScales.none(self.tail_keys, self.tail_values)
+        if self.anchors is not None and self.anchor_scores is not None:
+            scores = self.anchor_scores.masked_fill(self.anchors.positions >= length, float("-inf"))
+            slots = self.anchors.slots_below(length)
+            self.anchor_scores = scores[:, :, slots] if slots.any() else None
         self.sinks = None if self.sinks is None else self.sinks.crop(length)
         self.anchors = None if self.anchors is None else self.anchors.crop(length)
         self._mark_exact()
@@ -362,14 +357,17 @@ class LayerStorage:
                 setattr(self, name, change(tensor))
         self.sinks = None if self.sinks is None else self.sinks.map(change)
         self.anchors = None if self.anchors is None else self.anchors.map(change)
+        self.scales = None if self.scales is None else self.scales.map(change)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every buffer by name, those of exact tokens as ``sinks.<field>`` and ``anchors.<field>``; no empty ones, and
-        not `exact_bits`, which the positions of exact tokens give."""
+        """Every buffer by name, those of parts as ``sinks.<field>``, ``anchors.<field>`` and ``scales.<field>``; no
+        empty ones, and not `exact_bits`, which the positions of exact tokens give."""
         named = {name: getattr(self, name) for name in self._BATCHED if name != "exact_bits"}
         for kind in ("sinks", "anchors"):
             if (tokens := getattr(self, kind)) is not None:
                 named |= {f"{kind}.{f.name}": getattr(tokens, f.name) for f in fields(ExactTokens)}
+        if self.scales is not None and self.coded_length:
+            named |= {f"scales.{name}": tensor for name, tensor in self.scales.tensors().items()}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod
@@ -385,29 +383,26 @@ class LayerStorage:
             parts: dict[str, Any] = {f.name: tensors.get(f"{kind}.{f.name}") for f in fields(ExactTokens)}
             if parts["positions"] is not None:
                 setattr(storage, kind, ExactTokens(**parts))
+        if "scales.starts" in tensors:
+            storage.scales = ScalarScales(**{f.name: tensors[f"scales.{f.name}"] for f in fields(ScalarScales)})
         storage.max_offset = int(storage.offset.max())
         storage._mark_exact()
         return storage
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes of each kind of buffer, as allocated; the bitmap of exact tokens goes with the anchors."""
+        """Bytes of each kind of buffer, as allocated; the bitmap of exact tokens goes with the anchors, scales of key
+        groups with the codes."""
 
         def size(*tensors: torch.Tensor | None) -> int:
             return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
         anchors, sinks = (0 if t is None else t.memory_bytes() for t in (self.anchors, self.sinks))
         bitmap = size(self.exact_bits)
+        groups = 0 if self.scales is None else self.scales.memory_bytes()
         return {
-            "codes": size(self.key_codes, self.value_codes),
-            "anchors": anchors + (bitmap if anchors else 0),
+            "codes": size(self.key_codes, self.value_codes) + groups,
+            "anchors": anchors + size(self.anchor_scores) + (bitmap if anchors else 0),
             "sinks": sinks + (0 if anchors else bitmap),
             "window": size(self.tail_keys, self.tail_values),
             "scores": size(self.statistic, self.query_moment, self.offset),
         }
-
-
-def _gather(index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    def pick(x: torch.Tensor) -> torch.Tensor:
-        return x.gather(2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
-
-    return pick(keys), pick(values)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from .codecs import Codec
-from .storage import LayerStorage, sink_dtype
+from .codecs import ChannelQuantizer, Codec, TokenQuantizer
+from .exact_tokens import sink_dtype
+from .storage import LayerStorage
 
 MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Form = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
@@ -49,6 +50,8 @@ def check_tensors(tensors: dict[str, torch.Tensor], storage: LayerStorage) -> No
         low, high = int(tensor.min()), int(tensor.max())
         if low < -1 or high >= coded:
             raise ValueError(f"{name} run from {low} to {high}, but only {coded} tokens are coded")
+    if "scales.starts" in tensors:
+        _check_groups(tensors["scales.starts"], coded, storage)
     if int(tensors["offset"].min()) < 0:
         raise ValueError(f"offset holds {int(tensors['offset'].min())}, but padding cannot be negative")
 
@@ -71,7 +74,14 @@ def _forms(tensors: dict[str, torch.Tensor], storage: LayerStorage, coded: int) 
     for name, codec, like in (("key_codes", storage.codec.key, keys), ("value_codes", storage.codec.value, values)):
         width, dtype = code_form(codec, like)
         forms[name] = ((batch, heads, coded, width), dtype)
-    kinds = [("sinks", sink_dtype(keys.dtype))] if anchors.sinks else []
+    if storage.scales is not None:
+        starts = tensors.get("scales.starts", tensors["offset"])
+        groups = starts.shape[0] if starts.ndim else 0
+        forms["scales.starts"] = ((groups,), torch.int32)
+        forms["scales.scale"] = forms["scales.zero"] = ((batch, heads, groups, key_dim), torch.float16)
+        forms["scales.key_mean"] = ((batch, heads, key_dim), torch.float32)
+        forms["scales.value_mean"] = forms["scales.value_std"] = ((batch, heads, value_dim), torch.float32)
+    kinds = [("sinks", sink_dtype(keys.dtype, storage.codec))] if anchors.sinks else []
     if storage.score is not None:
         kinds.append(("anchors", torch.int8 if anchors.dtype == "int8" else torch.float16))
     for kind, dtype in kinds:
@@ -85,10 +95,29 @@ def _forms(tensors: dict[str, torch.Tensor], storage: LayerStorage, coded: int) 
         if dtype == torch.int8:
             scale = ((batch, heads, slots, 1), torch.float16)
             forms[f"{kind}.key_scale"] = forms[f"{kind}.value_scale"] = scale
+        if kind == "anchors" and anchors.max_tokens:
+            forms["anchor_scores"] = ((batch, heads, slots), torch.float32)
     return forms
 
 
-def code_form(codec: Codec, like: torch.Tensor) -> tuple[int, torch.dtype]:
+def _check_groups(starts: torch.Tensor, coded: int, storage: LayerStorage) -> None:
+    """Raises ValueError unless the groups follow each other from token 0 to the last, none larger than it may be."""
+    key = storage.codec.key
+    assert isinstance(key, ChannelQuantizer)
+    ends = [*starts.tolist()[1:], coded]
+    for i, (start, end) in enumerate(zip(starts.tolist(), ends)):
+        if not 0 < end - start <= key.spec.group or (i == 0 and start):
+            raise ValueError(
+                f"scales.starts: group {i} runs from {start} to {end}; groups follow each other from 0 to {coded}, "
+                f"of 1 to {key.spec.group} tokens"
+            )
+
+
+def code_form(codec: Codec | ChannelQuantizer | TokenQuantizer, like: torch.Tensor) -> tuple[int, torch.dtype]:
     """Width and dtype of one vector's codes: asked of the codec itself, with a zero."""
+    if isinstance(codec, ChannelQuantizer):
+        return codec.spec.code_bytes(codec.head_dim), torch.uint8
+    if isinstance(codec, TokenQuantizer):
+        return codec.code_bytes + 4 * codec.groups, torch.uint8
     codes = codec.encode(like.new_zeros(1, like.shape[1], 1, like.shape[3]))
     return codes.shape[3], codes.dtype

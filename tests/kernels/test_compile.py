@@ -18,7 +18,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: there is nothing to compile with")
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("anchor_score", "encode", "dequantize", "flash_attention", "decode_attention", "static_step")
+MODULES = (
+    "anchor_score", "encode", "dequantize", "flash_attention", "decode_attention", "scalar_decode", "static_step",
+)  # fmt: skip
 # mma.sync, wgmma, tcgen05 and MFMA; sm_80, sm_89 and sm_120 go the first one's way, and have no less memory than sm_86.
 GENERATORS = ("sm_86", "sm_90", "sm_100", "gfx90a")
 EVERYWHERE = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
@@ -27,6 +29,7 @@ ALL = {"CALLS": EVERYWHERE, "LARGEST_CALLS": EVERYWHERE, "MORE_CALLS": ("sm_86",
 # Kernels with matrix products, and the argument whose 16 bits say that matrix units have to do them.
 MATRIX_KERNELS = {
     "decode_kernel": "p_query",
+    "scalar_decode_kernel": "p_query",
     "flash_attention_kernel": "p_q",
     "column_statistic_kernel": "p_query",
     "encode_keys_kernel": "p_keys",
@@ -69,8 +72,9 @@ def _problem(launch: dict) -> str | None:
     if launch["shared"] > launch["limit"]:
         return f"{launch['shared']} bytes of shared memory; {launch['limit']} exist"
     argument = MATRIX_KERNELS.get(launch["kernel"])
-    if launch["target"].startswith("gfx") and launch["kernel"] == "decode_kernel" and launch["constants"]["BN"] == "32":
-        argument = None  # 32 tokens x 8 rows, at head size 256: no MFMA is that small; correct, but slow
+    decodes = launch["kernel"] in ("decode_kernel", "scalar_decode_kernel")
+    if launch["target"].startswith("gfx") and decodes and launch["constants"]["BN"] == "32":
+        argument = None  # 32 tokens x 8 rows, at head size 256 or in groups of 32: no MFMA is that small; but slow
     if argument is not None and launch["types"][argument] in ("*fp16", "*bf16") and not launch["matrix"]:
         return "16-bit products are not done by matrix units"
     return None

@@ -5,10 +5,11 @@ from typing import cast
 from .accumulated_attention import AccumulatedAttention
 from .anchor_score import AnTKVAnchorScore
 from .base import AnchorScore, TokenContext
-from .budget import anchors_per_chunk, select_anchors
+from .budget import anchors_per_chunk, best_tokens, select_anchors, within_budget
 from .error_aware import ErrorAware
 from .first_tokens import FirstTokens
 from .key_norm import KeyNorm
+from .outlier_tokens import OutlierTokens
 from .random_tokens import RandomTokens
 from .squared_attention import SquaredAttention
 
@@ -18,6 +19,7 @@ _SCORES = {
     "accumulated_attention": AccumulatedAttention(),
     "squared_attention": SquaredAttention(),
     "key_norm": KeyNorm(),
+    "outlier_tokens": OutlierTokens(),
     "first_tokens": FirstTokens(),
     "random": RandomTokens(),
     "none": None,
@@ -34,4 +36,13 @@ def get_score(name: str) -> AnchorScore | None:
     return SCORES[name]
 
 
-__all__ = ["SCORES", "AnchorScore", "TokenContext", "anchors_per_chunk", "get_score", "select_anchors"]
+__all__ = [
+    "SCORES",
+    "AnchorScore",
+    "TokenContext",
+    "anchors_per_chunk",
+    "best_tokens",
+    "get_score",
+    "select_anchors",
+    "within_budget",
+]

@@ -1,4 +1,4 @@
-"""Key norm (the score of OTT, ACL 2025): tokens with the smallest keys are the outliers."""
+"""Key norm: tokens with the smallest keys, which take attention without having been sought."""
 
 from __future__ import annotations
 

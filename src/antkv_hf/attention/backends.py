@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..codecs import IdentityCodec, LayerCodec
+from ..codecs import ChannelQuantizer, IdentityCodec, LayerCodec, ScalarScales
 
 KNOWN = ("auto", "reference", "triton", "cuda")
 CALLS: Counter[str] = Counter()  # "<backend>.<operation>" -> calls since the start of the process
@@ -19,13 +19,14 @@ CALLS: Counter[str] = Counter()  # "<backend>.<operation>" -> calls since the st
 class Encoded(NamedTuple):
     """Codes ``(batch, kv_heads, n, width)`` and squared errors |x - decoded|^2, float32 ``(batch, kv_heads, n)``.
 
-    Keys are compared before RoPE.
+    Keys are compared before RoPE. `scales` go with scalar codes: those of these tokens' groups.
     """
 
     key_codes: torch.Tensor
     value_codes: torch.Tensor
     key_error: torch.Tensor
     value_error: torch.Tensor
+    scales: ScalarScales | None = None
 
 
 class Backend(Protocol):
@@ -47,8 +48,14 @@ class Backend(Protocol):
         """``(batch, kv_heads, 2)``: see `reference.scores.query_moment`."""
         ...
 
-    def encode(self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor) -> Encoded:
-        """Codes of `keys` (after RoPE) and `values` ``(batch, kv_heads, n, dim)``, the tokens from index `start` on."""
+    def encode(
+        self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor, scales: ScalarScales | None = None,
+        excluded: torch.Tensor | None = None,
+    ) -> Encoded:  # fmt: skip
+        """Codes of `keys` (after RoPE) and `values` ``(batch, kv_heads, n, dim)``, the tokens from index `start` on.
+
+        `scales` and `excluded` are for scalar codes: see `ChannelQuantizer.encode`.
+        """
         ...
 
     def append_token(self, keys, values, tail_keys, tail_values, lengths) -> None:
@@ -108,10 +115,14 @@ def make_backend(requested: str, codec: LayerCodec, device: torch.device, dtype:
     name = select_backend(requested, device)
     if name == "reference" or isinstance(codec.key, IdentityCodec):
         return REFERENCE
+    from .scalar_backend import ScalarTritonBackend
     from .triton_backend import TritonBackend, UnsupportedTables
 
     by_name = os.environ.get("ANTKV_BACKEND", requested) == name
-    if name == "cuda":
+    scalar = isinstance(codec.key, ChannelQuantizer)
+    if name == "cuda" and scalar and by_name:
+        raise UnsupportedTables("scalar codes have no kernel in CUDA C++; use 'triton' or 'auto'")
+    if name == "cuda" and not scalar:
         from .cuda_backend import CudaBackend
 
         try:
@@ -119,12 +130,12 @@ def make_backend(requested: str, codec: LayerCodec, device: torch.device, dtype:
         except UnsupportedTables:  # a rate or head size of Triton's only
             if by_name:
                 raise
-    if name == "triton" and not by_name:
+    if name == "triton" and not by_name and not scalar:
         hint = _obstacle_to_cuda(device)
         if hint is not None and "cuda-core" in hint and _would_be_cuda(codec, dtype):
             warnings.warn(f"decoding with Triton's kernels, not the faster ones in CUDA C++: {hint}", stacklevel=2)
     try:
-        return TritonBackend(codec, dtype)
+        return (ScalarTritonBackend if scalar else TritonBackend)(codec, dtype)
     except UnsupportedTables as reason:
         if by_name:
             raise

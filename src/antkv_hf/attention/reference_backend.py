@@ -34,16 +34,19 @@ class ReferenceBackend:
     def query_moment(self, query, kv_heads, scale, first_query, kv_len):
         return scores.query_moment(grouped(query, kv_heads), scale, first_query, kv_len)
 
-    def encode(self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor) -> Encoded:
+    def encode(
+        self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor, scales=None, excluded=None
+    ) -> Encoded:
         CALLS["reference.encode"] += 1
         positions = start + torch.arange(keys.shape[2], device=keys.device) - offset.unsqueeze(1)
         plain = codec.plain_keys(keys, positions)
-        key_codes, value_codes = codec.key.encode(plain), codec.value.encode(values)
+        key_codes, value_codes, scales = codec.encode(plain, values, scales, excluded)
         return Encoded(
             key_codes,
             value_codes,
-            (codec.key.decode(key_codes) - plain).float().square().sum(-1),
-            (codec.value.decode(value_codes) - values).float().square().sum(-1),
+            (codec.decode_plain(key_codes, scales) - plain).float().square().sum(-1),
+            (codec.decode_values(value_codes, scales) - values).float().square().sum(-1),
+            scales,
         )
 
     def append_token(self, keys, values, tail_keys, tail_values, lengths) -> None:

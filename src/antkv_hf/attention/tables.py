@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from antkv.scalar_decode import ChannelPairs
 from antkv.tables import TURNS, Codes, KeyTables, ValueTables
 
 from ..codecs import LayerCodec, VectorQuantizer
@@ -76,8 +77,6 @@ def _key_tables(key: VectorQuantizer, codec: LayerCodec, dtype: torch.dtype) -> 
         table[:rotated] = codec.rotary.inv_freq.to(device)
         frequency = table[pair[..., 0].to(device)].contiguous()
         pair_scale = torch.where(pair[..., 0] < rotated, codec.rotary.scaling, 1.0).to(device, torch.float32)
-    angle = torch.arange(TURNS, device=device).view(-1, 1) * frequency.unsqueeze(1)  # (heads, TURNS, dim / 2)
-    turns = torch.stack([angle.cos(), angle.sin()], -1) * pair_scale[:, None, :, None]
     return KeyTables(
         codes=codes,
         centroids=sorted_channels(key.centroids).to(dtype),
@@ -86,10 +85,31 @@ def _key_tables(key: VectorQuantizer, codec: LayerCodec, dtype: torch.dtype) -> 
         frequency=frequency,
         pair_scale=pair_scale.contiguous(),
         rotates=codec.rotary is not None,
-        turns=turns.to(dtype).contiguous(),
+        turns=_turns(frequency, pair_scale).to(dtype).contiguous(),
         encode_centroids=sorted_channels(whitened @ root),
         encode_bias=_unflat(-0.5 * whitened.square().sum(-1), heads, codes.groups),
     )
+
+
+def channel_pairs(codec: LayerCodec, head_dim: int, device: torch.device, dtype: torch.dtype) -> ChannelPairs:
+    """RoPE of scalar codes as the kernel reads it; turns in `dtype`, float16 or float32."""
+    frequency, pair_scale = torch.zeros(head_dim // 2, device=device), torch.ones(head_dim // 2, device=device)
+    channels = torch.arange(head_dim)
+    if codec.rotary is not None:
+        rotated = codec.rotary.inv_freq.shape[0]
+        channels = codec.rotary.channel_pairs(head_dim).flatten()
+        frequency[:rotated] = codec.rotary.inv_freq.to(device)
+        pair_scale[:rotated] = codec.rotary.scaling
+    turns = _turns(frequency, pair_scale).to(dtype).contiguous()
+    return ChannelPairs(
+        channels.to(device, torch.int32), frequency, pair_scale, rotates=codec.rotary is not None, turns=turns
+    )
+
+
+def _turns(frequency: torch.Tensor, pair_scale: torch.Tensor) -> torch.Tensor:
+    """Cosine and sine of the angles of positions 0 to TURNS - 1: ``(..., pairs)`` -> ``(..., TURNS, pairs, 2)``."""
+    angle = torch.arange(TURNS, device=frequency.device).view(-1, 1) * frequency.unsqueeze(-2)
+    return torch.stack([angle.cos(), angle.sin()], -1) * pair_scale[..., None, :, None]
 
 
 def _value_tables(value: VectorQuantizer, dtype: torch.dtype) -> ValueTables:

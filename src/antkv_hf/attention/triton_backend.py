@@ -48,7 +48,7 @@ class TritonBackend:
         query = query.to(past.tail_keys.dtype)  # autocast may mix them
         quantized = self._quantized_past(past)
         with torch.cuda.device_of(query):  # Triton launches on the current GPU, and a model may be spread over several
-            if quantized is not None and _decodes(query, kv_heads):
+            if quantized is not None and decodes(query, kv_heads):
                 tail = past.tail_keys.contiguous(), past.tail_values.contiguous()  # of static storage, they are views
                 out, lse = self.decode_attention(query, quantized, *tail, **options)
             else:
@@ -78,7 +78,9 @@ class TritonBackend:
         with torch.cuda.device_of(query):
             return query_moment(query, scale, kv_heads, first_query, kv_len)
 
-    def encode(self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor) -> Encoded:
+    def encode(
+        self, codec: LayerCodec, keys, values, start: int, offset: torch.Tensor, scales=None, excluded=None
+    ) -> Encoded:
         CALLS["triton.encode"] += 1
         with torch.cuda.device_of(keys):
             key_codes, key_error = encode_keys(keys, self.key_tables, start, offset)
@@ -90,7 +92,7 @@ class TritonBackend:
             append_token(keys, values, tail_keys, tail_values, lengths)
 
     def answers_step(self, query, kv_heads: int, term) -> bool:
-        return query.shape[2] == 1 and _decodes(query, kv_heads) and (term is None or term in TERMS)
+        return query.shape[2] == 1 and decodes(query, kv_heads) and (term is None or term in TERMS)
 
     def attend_step(self, past: Snapshot, query, mask, scale, softcap=None, sink_logit=None):
         static, kv_heads = past.static, past.tail_keys.shape[1]
@@ -147,7 +149,7 @@ class TritonBackend:
         )
 
 
-def _decodes(query: torch.Tensor, kv_heads: int) -> bool:
+def decodes(query: torch.Tensor, kv_heads: int) -> bool:
     """Whether decode attention answers these queries; the prefill path, which can do anything, answers the rest.
 
     It has run on a GPU with up to 32 rows a kv head, and with 8 in float32 or at head sizes above 128.

@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..anchors import get_score
 from ..attention.backends import select_backend
 from ..codebook import AnTKVCodebook, describe_model
-from ..codecs import IdentityCodec, LayerCodec
-from ..config import AnTKVConfig
+from ..codecs import CodecForDevice, IdentityCodec, LayerCodec, scalar_codecs
+from ..config import AnTKVConfig, ScalarSpec
+from ..static_storage import size_obstacle
 from ..tensor_parallel import check_heads, tp_size
 from . import interface, persistence
 from .footprint import MemoryFootprint
@@ -34,10 +35,11 @@ class AnTKVCache(Cache):
     Args:
         model_config: the model's config.
         config: what to keep; the codebook's own by default. Its codec specs must be the codebook's.
-        codebook: tables of this model (not needed for ``AnTKVConfig.preset("identity")``).
+        codebook: tables of this model; not needed for ``AnTKVConfig.preset("ott-2bit")``, ``"ott-4bit"`` and
+            ``"identity"``.
         max_length: tokens of a sequence that memory is set aside for at once (prompt and new ones): nothing grows then,
             lengths are on the device too, and `antkv_generate` can run decode steps as CUDA graphs. None: the cache
-            grows as it must. The batch keeps its size.
+            grows as it must. The batch keeps its size. Not with scalar codes or ``anchors.max_tokens``.
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
             (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are compared.
 
@@ -79,6 +81,8 @@ class AnTKVCache(Cache):
         config = config or (codebook.config if codebook is not None else None)
         if config is None:
             raise ValueError("give a codebook (AnTKVCache.from_pretrained(...)) or a config: there is nothing to go by")
+        if max_length is not None and (why := size_obstacle(config)):
+            raise ValueError(f"max_length={max_length} cannot be kept: {why}. Leave max_length out")
         text = model_config.get_text_config(decoder=True)
         self.tp_size = tp_size(model_config, device_mesh)
         if self.tp_size > 1:
@@ -333,12 +337,16 @@ def _layers(
             f"the others stay as transformers keeps them ({kept})",
             stacklevel=3,
         )
-    codec_for_device = _identity_codec
-    if not config.is_identity:
+    codec_for_device: CodecForDevice = _identity_codec
+    if isinstance(config.key, ScalarSpec):
+        if codebook is not None:
+            raise ValueError(f"codec {config.key} needs no codebook: leave codebook out, or give a config of its bits")
+        codec_for_device = scalar_codecs(config, model_rotary(model_config))
+    elif not config.is_identity:
         if codebook is None:
             raise ValueError(
                 f"codec {config.key} needs a codebook of this model: load one with AnTKVCache.from_pretrained(...), "
-                "or make one with `antkv calibrate`"
+                'make one with `antkv calibrate`, or do without: AnTKVConfig.preset("ott-2bit")'
             )
         codebook.check(text, config, plain)
         codec_for_device = codebook.codec_factory(config, model_rotary(model_config), device_mesh)

@@ -212,7 +212,7 @@ def load_cache(
         for i, (layer, record) in enumerate(zip(cache.layers, saved.layers)):
             tensors = {name: t.to(devices.get(i, default)) for name, t in saved.layer_tensors(i).items()}
             restore_layer(i, layer, record, tensors)
-            batches |= {t.shape[0] for t in tensors.values()}
+            batches |= {record["batch"]} if tensors else set()  # found to be the layer's by restore_layer
         if len(batches) > 1:
             raise ValueError(f"its layers hold batches of different sizes: {sorted(batches)}")
         if (ids := saved.tensors.get("prompt_ids")) is not None:

@@ -62,13 +62,12 @@ def check_sizes(
     samples: int,
 ) -> None:
     """Raises ValueError if head sizes, tokens or samples do not suffice for the specs."""
-    if config.key is None or config.value is None:
-        raise ValueError("the identity codec has no tables to learn: choose e.g. AnTKVConfig.preset('1bit')")
-    config.key.groups(described["head_dim"])
-    config.value.groups(described["value_dim"])
-    if config.key.sub_dim % 2 and any(rotary.values()):
+    key, value = config.vq_specs()
+    key.groups(described["head_dim"])
+    value.groups(described["value_dim"])
+    if key.sub_dim % 2 and any(rotary.values()):
         raise ValueError(
-            f"key spec {config.key} has an odd sub_dim {config.key.sub_dim}, but both channels of a RoPE pair must "
+            f"key spec {key} has an odd sub_dim {key.sub_dim}, but both channels of a RoPE pair must "
             "stay in one sub-vector: choose an even one"
         )
     if window < 2:
@@ -76,7 +75,7 @@ def check_sizes(
     if tokens < window:
         raise ValueError(f"tokens={tokens} is less than one window of {window} tokens: raise tokens, or lower window")
     available = min(samples, tokens // window * window)
-    for role, spec in (("key", config.key), ("value", config.value)):
+    for role, spec in (("key", key), ("value", value)):
         if available < spec.centroids:
             raise ValueError(
                 f"{available} samples (samples={samples}, tokens={tokens}) are fewer than the {spec.centroids} "

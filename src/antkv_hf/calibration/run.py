@@ -239,13 +239,13 @@ def _learn(
     processes: Processes,
 ) -> tuple[dict[int, tuple[VQTables, VQTables]], dict[str, float]]:
     """Tables by layer, finished ones from the folder, and the mean relative errors of keys and values."""
-    assert config.key is not None and config.value is not None
+    key_spec, value_spec = config.vq_specs()
     missing = [layer for layer in sorted(plan.rotary) if not folder.has_tables(layer)]
     processes.wait()  # until all have seen what is missing
     own = processes.share(missing)
     for layer in (bar := tqdm(own, desc="tables", unit="layer", disable=not progress or processes.rank > 0)):
         learned = []
-        for spec, name, rotary in ((config.key, "key", plan.rotary[layer]), (config.value, "value", None)):
+        for spec, name, rotary in ((key_spec, "key", plan.rotary[layer]), (value_spec, "value", None)):
             fields = (name, f"{name}_grad", "exclude")
             x, gradients, exclude = folder.read(fields, layer, len(plan.windows), device)
             # Distinct seeds: stages of a table add up to 1,000, layers and roles step over them.

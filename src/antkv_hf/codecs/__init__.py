@@ -2,7 +2,19 @@
 
 from .base import Codec
 from .identity import IdentityCodec
-from .layer import LayerCodec
+from .layer import CodecForDevice, LayerCodec, scalar_codecs
+from .scalar import ChannelQuantizer, ScalarScales, TokenQuantizer
 from .vq import VectorQuantizer, VQTables
 
-__all__ = ["Codec", "IdentityCodec", "LayerCodec", "VQTables", "VectorQuantizer"]
+__all__ = [
+    "ChannelQuantizer",
+    "Codec",
+    "CodecForDevice",
+    "IdentityCodec",
+    "LayerCodec",
+    "ScalarScales",
+    "TokenQuantizer",
+    "VQTables",
+    "VectorQuantizer",
+    "scalar_codecs",
+]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..config import AnTKVConfig, ScalarSpec
 from ..rotary import Rotary
 from .base import Codec
+from .scalar import ChannelQuantizer, ScalarScales, TokenQuantizer
+
+_NO_SCALES = "scalar codes mean nothing without their scales"
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCodec:
     """Key and value codec of one layer; `rotary` is None where keys are coded as they come (no RoPE, identity)."""
 
-    key: Codec
-    value: Codec
+    key: Codec | ChannelQuantizer
+    value: Codec | TokenQuantizer
     rotary: Rotary | None = None
     kernel_tables: dict[torch.dtype, Any] = field(default_factory=dict, repr=False)  # filled by `attention.tables`
 
@@ -35,9 +40,52 @@ class LayerCodec:
             return keys
         return self.rotary.rotate(keys, positions if positions.ndim == 3 else positions.unsqueeze(1))
 
-    def decode_keys(self, codes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, scales: ScalarScales | None = None, excluded=None
+    ) -> tuple[torch.Tensor, torch.Tensor, ScalarScales | None]:
+        """Codes of `keys` before RoPE and of `values`; for scalar codecs also scales, see `ChannelQuantizer.encode`."""
+        if isinstance(self.key, ChannelQuantizer) and isinstance(self.value, TokenQuantizer):
+            assert scales is not None, _NO_SCALES
+            key_codes, scales = self.key.encode(keys, scales, excluded)
+            return key_codes, self.value.encode(values, scales), scales
+        assert not isinstance(self.key, ChannelQuantizer) and not isinstance(self.value, TokenQuantizer)
+        return self.key.encode(keys), self.value.encode(values), None
+
+    def decode_plain(self, codes: torch.Tensor, scales: ScalarScales | None = None, start: int = 0) -> torch.Tensor:
+        """Keys before RoPE that `codes` stand for; with `scales`, those of the tokens from index `start` on."""
+        if isinstance(self.key, ChannelQuantizer):
+            assert scales is not None, _NO_SCALES
+            return self.key.decode(codes, scales, start)
+        return self.key.decode(codes)
+
+    def decode_values(self, codes: torch.Tensor, scales: ScalarScales | None = None) -> torch.Tensor:
+        """Values that `codes` stand for."""
+        if isinstance(self.value, TokenQuantizer):
+            assert scales is not None, _NO_SCALES
+            return self.value.decode(codes, scales)
+        return self.value.decode(codes)
+
+    def weighted_values(
+        self, weights: torch.Tensor, codes: torch.Tensor, scales: ScalarScales | None = None
+    ) -> torch.Tensor:
+        """``weights @ decode_values(codes)``, see `Codec.weighted_sum`."""
+        if isinstance(self.value, TokenQuantizer):
+            assert scales is not None, _NO_SCALES
+            return self.value.weighted_sum(weights, codes, scales)
+        return self.value.weighted_sum(weights, codes)
+
+    def decode_keys(
+        self, codes: torch.Tensor, positions: torch.Tensor, scales: ScalarScales | None = None, start: int = 0
+    ) -> torch.Tensor:
         """Keys after RoPE that the codes at `positions` ``(batch, n)`` stand for."""
-        return self.rotated_keys(self.key.decode(codes), positions)
+        return self.rotated_keys(self.decode_plain(codes, scales, start), positions)
+
+    def key_center(self, scales: ScalarScales | None = None) -> torch.Tensor | None:
+        """What is taken off keys before RoPE, broadcastable to ``(batch, kv_heads, n, head_dim)``, if anything is."""
+        if scales is not None:
+            return scales.center
+        mean = getattr(self.key, "mean", None)
+        return None if mean is None else mean.unsqueeze(1)
 
     def memory_bytes(self) -> int:
         """Bytes of all tables, kernels' copies included."""
@@ -49,3 +97,23 @@ class LayerCodec:
             if isinstance(t, torch.Tensor)
         }
         return self.key.memory_bytes() + self.value.memory_bytes() + sum(kernel.values())
+
+
+# (layer index, device, kv heads, head size of keys, of values) -> codec
+CodecForDevice = Callable[[int, torch.device, int, int, int], LayerCodec]
+
+
+def scalar_codecs(config: AnTKVConfig, rotary: list[Rotary | None]) -> CodecForDevice:
+    """A function that gives a layer's codec on a device, as `AnTKVCodebook.codec_factory` does; needs no codebook."""
+    key_spec, value_spec = config.key, config.value
+    assert isinstance(key_spec, ScalarSpec) and isinstance(value_spec, ScalarSpec)
+    placed: dict[tuple, Rotary] = {}
+
+    def codec(layer: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
+        turn = rotary[layer] if config.rope == "pre" else None
+        if turn is not None:  # one object, so one angle table, for all layers
+            form = (device, tuple(turn.inv_freq.tolist()), turn.interleaved, turn.scaling)
+            turn = placed.setdefault(form, turn.to(device))
+        return LayerCodec(ChannelQuantizer(key_spec, key_dim), TokenQuantizer(value_spec, value_dim), turn)
+
+    return codec

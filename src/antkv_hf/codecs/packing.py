@@ -22,6 +22,10 @@ def unpack_codes(packed: torch.Tensor, code_bits: int, n: int) -> torch.Tensor:
     """Inverse of `pack_codes`: uint8 ``(..., bytes)`` to int64 codes ``(..., n)``."""
     if code_bits == 8:
         return packed.to(torch.int64)
+    if 8 % code_bits == 0:  # no code spans two bytes
+        shifts = torch.arange(0, 8, code_bits, dtype=torch.uint8, device=packed.device)
+        codes = (packed.unsqueeze(-1) >> shifts) & ((1 << code_bits) - 1)
+        return codes.flatten(-2)[..., :n].to(torch.int64)
     first_bit = torch.arange(n, device=packed.device) * code_bits
     byte, shift = first_bit // 8, first_bit % 8
     wide = torch.nn.functional.pad(packed, (0, 2)).to(torch.int64)  # a code spans three bytes at most

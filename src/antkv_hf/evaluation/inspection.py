@@ -13,11 +13,12 @@ from ..cache.cache import AnTKVCache
 from ..cache.persistence import FORMAT_VERSION, read_cache_file
 from ..codebook import AnTKVCodebook, describe_model
 from ..codebook_card import measured_table
-from ..config import BITS_TO_SPEC, AnTKVConfig, VQSpec
+from ..config import BITS_TO_SPEC, OTT, SCALAR_BITS, AnTKVConfig, ScalarSpec, VQSpec
 
 _KINDS = {  # buffer of a saved layer -> name in `MemoryFootprint`
     "key_codes": "codes", "value_codes": "codes", "tail_keys": "window", "tail_values": "window",
-    "statistic": "scores", "query_moment": "scores", "offset": "scores",
+    "statistic": "scores", "query_moment": "scores", "offset": "scores", "scales": "codes",
+    "anchor_scores": "anchors",
     "keys": "other_layers", "values": "other_layers",
 }  # fmt: skip
 
@@ -82,11 +83,17 @@ def inspect_model(name: str) -> dict[str, Any]:
         except ValueError as error:
             row["error"] = str(error)
         presets.append(row)
+    free = []
+    for name in (f"{OTT}{bits}bit" for bits in SCALAR_BITS):
+        config = AnTKVConfig.preset(name)
+        size = round(elements * _bits_with_anchors(config, facts) / 8, 1)
+        free.append({"preset": name, "spec": f"{config.key}/{config.value}", "bytes_per_token": size})
     return {
         "model": {k: v for k, v in facts.items() if k != "text_config"},
         "quantized_layers": layers,
         "bytes_per_token_16_bit": 2 * elements,
         "presets": presets,
+        "without_codebook": free,
     }
 
 
@@ -122,7 +129,7 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
 def format_cache(found: dict[str, Any]) -> str:
     """The result of `inspect_cache` for people."""
     model, book, config = found["model"], found["codebook"], found["config"]
-    made = "none (identity)" if book is None else f"{book['name_or_path'] or 'in memory'}, sha256 {book['sha256'][:12]}"
+    made = "none needed" if book is None else f"{book['name_or_path'] or 'in memory'}, sha256 {book['sha256'][:12]}"
     tail = found["tokens"] - found["coded_tokens"]
     lines = [
         f"Cache of {model['base_model']} ({model['model_type']}): {found['quantized_layers']} of "
@@ -162,6 +169,10 @@ def format_inspection(found: dict[str, Any]) -> str:
             smaller = found["bytes_per_token_16_bit"] / row["bytes_per_token"]
             size, tables = f"{row['bytes_per_token']:,.0f}", f"{row['table_bytes'] / 1e6:.1f} MB"
             lines.append(f"{row['bits']:>8g}  {row['spec']:<10}{size:>14}{smaller:>8.1f}x{tables:>12}")
+        lines += ["", "without a codebook, AnTKVConfig.preset(...):"]
+        for row in found["without_codebook"]:
+            smaller = found["bytes_per_token_16_bit"] / row["bytes_per_token"]
+            lines.append(f"{row['preset']:>9} {row['spec']:<16}{row['bytes_per_token']:>8,.0f}{smaller:>8.1f}x")
         note = "Bytes count codes, 2% int8 anchors and their positions; the exact window comes on top."
         return "\n".join([*lines, "", note])
     config, bits = found["config"], found["bits"]
@@ -230,9 +241,14 @@ def _bits_with_anchors(config: AnTKVConfig, facts: dict[str, Any]) -> float:
     from ..anchors import anchors_per_chunk
 
     key, value = facts["head_dim"], facts["value_dim"]
-    assert config.key is not None and config.value is not None
-    codes = config.key.bytes_per_vector(key) + config.value.bytes_per_vector(value)
+    codes: float
+    if isinstance(config.key, ScalarSpec) and isinstance(config.value, ScalarSpec):
+        shared = 4 * (key / config.key.group + config.value.channel_groups(value))  # scales and zeros, a token's share
+        codes = config.key.code_bytes(key) + config.value.code_bytes(value) + shared
+    else:
+        codes = sum(spec.bytes_per_vector(dim) for spec, dim in zip(config.vq_specs(), (key, value)))
     anchor = (key + value + 4 if config.anchors.dtype == "int8" else 2 * (key + value)) + 4
+    anchor += 4 if config.anchors.max_tokens else 0  # its score
     bitmap = 1 / 8 if config.anchors.enabled or config.anchors.sinks else 0.0  # which tokens are exact
     share = anchors_per_chunk(config.anchors.fraction, config.chunk) / config.chunk if config.anchors.enabled else 0.0
     return 8 * (codes + bitmap + share * anchor) / (key + value)

@@ -26,18 +26,21 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ..anchors import AnchorScore, TokenContext, get_score, select_anchors
+from ..anchors import AnchorScore, TokenContext, best_tokens, get_score, select_anchors
+from ..attention.backends import Encoded
 from ..attention.exact import exact_attention
+from ..attention.reference_backend import REFERENCE
 from ..cache.cache import AnTKVCache
 from ..cache.interface import antkv_attention_forward
 from ..cache.layer import AnTKVLayer, LayerPlan
 from ..codebook import AnTKVCodebook
-from ..codecs import IdentityCodec, LayerCodec
+from ..codecs import ChannelQuantizer, IdentityCodec, LayerCodec, ScalarScales
 from ..config import AnTKVConfig
+from ..exact_tokens import ExactTokens, sink_dtype
 from ..reference.attention import Visibility, grouped, logits_of
 from ..reference.attention import attention as reference_attention
 from ..reference.scores import column_statistic
-from ..storage import ENCODE_BLOCK, ExactTokens, Snapshot, sink_dtype
+from ..storage import ENCODE_BLOCK, Snapshot
 
 NAME = "antkv_evaluation"
 ROWS = 512  # queries answered at a time: bounds the workspace to q_heads * ROWS * (window of the text) floats
@@ -169,29 +172,59 @@ def read_back(codec: LayerCodec, config: AnTKVConfig, window: int, query, keys, 
     """Keys (after RoPE) and values ``(batch, kv_heads, n, dim)`` float32 as a cache gives them back once coded."""
     n, device = keys.shape[2], keys.device
     offset = torch.zeros(keys.shape[0], dtype=torch.int64, device=device)
-    positions = torch.arange(n, device=device).expand(keys.shape[0], n)
-    key_codes, value_codes, key_error, value_error = [], [], [], []
-    for start in range(0, n, ENCODE_BLOCK):
-        part = slice(start, min(start + ENCODE_BLOCK, n))
-        plain = codec.plain_keys(keys[:, :, part], positions[:, part])
-        key_codes.append(codec.key.encode(plain))
-        value_codes.append(codec.value.encode(values[:, :, part]))
-        key_error.append((codec.key.decode(key_codes[-1]) - plain).float().square().sum(-1))
-        value_error.append((codec.value.decode(value_codes[-1]) - values[:, :, part]).float().square().sum(-1))
-    exact: list[ExactTokens] = []
     sinks = min(config.anchors.sinks, n)
-    if sinks:
-        first = torch.arange(sinks, device=device).expand(*keys.shape[:2], sinks)
-        exact.append(_store(first, keys, values, sink_dtype(keys.dtype), codec, offset))
+    excluded = (torch.arange(n, device=device) < sinks).expand(keys.shape[:3])
+    scales = _first_scales(codec, config, keys, values, sinks)
+    coded = _encode(codec, keys, values, offset, scales, excluded)
     score = get_score(config.anchors.score)
+    index = None
     if config.anchors.enabled and score is not None:
         scaling = 1.0 if codec.rotary is None else codec.rotary.scaling
-        errors = (torch.cat(key_error, 2) * scaling**2, torch.cat(value_error, 2))
+        errors = (coded.key_error * scaling**2, coded.value_error)
         index = choose_anchors(score, config, window, query, keys, values, errors, scale, softcap, sink_logit)
+        if coded.scales is not None:
+            chosen = torch.zeros(*keys.shape[:2], n + 1, dtype=torch.bool, device=device)
+            chosen.scatter_(2, index.masked_fill(index < 0, n), True)
+            coded = _encode(codec, keys, values, offset, scales, excluded | chosen[:, :, :n])
+    exact: list[ExactTokens] = []
+    center = codec.key_center(coded.scales)
+    if sinks:
+        first = torch.arange(sinks, device=device).expand(*keys.shape[:2], sinks)
+        exact.append(_store(first, keys, values, sink_dtype(keys.dtype, codec), codec, offset, center))
+    if index is not None:
         dtype = torch.int8 if config.anchors.dtype == "int8" else torch.float16
-        exact.append(_store(index, keys, values, dtype, codec, offset))
+        exact.append(_store(index, keys, values, dtype, codec, offset, center))
     empty = keys[:, :, :0].float(), values[:, :, :0].float()
-    return Snapshot(codec, torch.cat(key_codes, 2), torch.cat(value_codes, 2), tuple(exact), *empty, offset).dense()
+    return Snapshot(
+        codec, coded.key_codes, coded.value_codes, tuple(exact), *empty, offset, scales=coded.scales
+    ).dense()
+
+
+def _encode(codec: LayerCodec, keys, values, offset: torch.Tensor, scales, excluded: torch.Tensor) -> Encoded:
+    """All tokens coded, a block of them at a time."""
+    parts = []
+    for start in range(0, keys.shape[2], ENCODE_BLOCK):
+        part = slice(start, start + ENCODE_BLOCK)
+        parts.append(
+            REFERENCE.encode(codec, keys[:, :, part], values[:, :, part], start, offset, scales, excluded[:, :, part])
+        )
+    found = parts[0].scales
+    for i, coded in enumerate(parts[1:], 1):
+        if found is not None and coded.scales is not None:
+            found = found.append(coded.scales, i * ENCODE_BLOCK)
+    key_codes, value_codes, key_error, value_error = (torch.cat(tensors, 2) for tensors in list(zip(*parts))[:4])
+    return Encoded(key_codes, value_codes, key_error, value_error, found)
+
+
+def _first_scales(codec: LayerCodec, config: AnTKVConfig, keys, values, sinks: int) -> ScalarScales | None:
+    """Means and deviations that a cache takes from the first chunk with any but sinks; None where it takes none."""
+    if not isinstance(codec.key, ChannelQuantizer):
+        return None
+    stop = min((sinks // config.chunk + 1) * config.chunk, keys.shape[2])
+    index = torch.arange(stop, device=keys.device).expand(keys.shape[0], stop)
+    plain = codec.plain_keys(keys[:, :, :stop], index)
+    unknown = torch.zeros(keys.shape[0], dtype=torch.bool, device=keys.device)
+    return ScalarScales.none(keys, values).learn(plain, values[:, :, :stop], index >= sinks, unknown)
 
 
 def choose_anchors(
@@ -234,7 +267,11 @@ def choose_anchors(
     padded = torch.nn.functional.pad(torch.cat(scores, 2), (0, -n % chunk), value=float("-inf"))
     padded[:, :, : config.anchors.sinks] = float("-inf")
     index = select_anchors(padded, config.anchors.fraction, chunk)
-    return index.masked_fill(padded.gather(2, index) == float("-inf"), -1)
+    best = padded.gather(2, index)
+    if config.anchors.max_tokens:  # those that a cache holds in the end: the others are read as codes throughout
+        kept = best_tokens(best, config.anchors.max_tokens)
+        index, best = index.gather(2, kept), best.gather(2, kept)
+    return index.masked_fill(best == float("-inf"), -1)
 
 
 def exact_with_lse(query, keys, values, scale, softcap=None, sink_logit=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,11 +326,11 @@ def windowed_attention(
     return out.flatten(1, 2)
 
 
-def _store(index, keys, values, dtype, codec: LayerCodec, offset) -> ExactTokens:
+def _store(index, keys, values, dtype, codec: LayerCodec, offset, center) -> ExactTokens:
     """Exact tokens at `index` ``(batch, kv_heads, m)`` (-1: empty) of all keys and values, as a cache stores them."""
     slots = index.clamp_min(0).unsqueeze(-1)
     kept_keys, kept_values = (t.gather(2, slots.expand(*index.shape, t.shape[-1])) for t in (keys, values))
-    return ExactTokens.store(index, kept_keys, kept_values, dtype, codec, offset)
+    return ExactTokens.store(index, kept_keys, kept_values, dtype, codec, offset, center)
 
 
 def _check_causal(mask: torch.Tensor | None, n: int) -> None:

@@ -149,9 +149,9 @@ def _attention_of_rows(past, q: torch.Tensor, visibility: Visibility, scale: flo
             if exact is not None:
                 logits = logits.masked_fill(exact[:, :, None, None, start:stop], float("-inf"))
             codes = past.value_codes[:, :, start:stop]
-            softmax.add(logits, lambda weights, codes=codes: past.codec.value.weighted_sum(weights, codes))
+            softmax.add(logits, lambda weights, codes=codes: past.codec.weighted_values(weights, codes, past.scales))
         for tokens in past.exact_tokens:
-            keys, values = tokens.read(past.codec, past.offset)
+            keys, values = tokens.read(past.codec, past.offset, past.key_center)
             logits = visibility.apply(logits_of(q, keys, scale, softcap), tokens.positions.long())
             logits = logits.masked_fill((tokens.positions < 0)[:, :, None, None], float("-inf"))
             softmax.add(logits, lambda weights, values=values: weights @ values.float())

@@ -32,43 +32,46 @@ def _weighted_sum(p_partial, weight, first, last, channel, ROWS: tl.constexpr, D
 def merge_splits_kernel(
     p_partial, p_max, p_total, p_synthesis, p_mean, p_sink_logit, p_out, p_lse, splits,
     H: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    BS: tl.constexpr, BC: tl.constexpr, SINK_LOGIT: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr, SINK_LOGIT: tl.constexpr, BASIS: tl.constexpr,
 ):  # fmt: skip
-    """Merges the parts of one row: `splits` of codes through the values' basis, then as many exact ones as they are.
+    """Merges the parts of one row: `splits` of codes through the values' basis (if there is one), then as many plain
+    ones.
 
     All splits of a row fit one tile, so that nothing waits for anything but the loads.
     """
     bh = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
     h = (bh % H).to(tl.int32)
-    first_row = bh * 2 * splits * ROWS + row
+    plain = splits if BASIS else 0 * splits  # where the plain parts begin
+    first_row = bh * (plain + splits) * ROWS + row
     p_partial += first_row * DV
     p_max += first_row
     p_total += first_row
 
     s = tl.arange(0, BS)
-    coded = tl.load(p_max + s * ROWS, mask=s < splits, other=float("-inf"))
-    exact = tl.load(p_max + (splits + s) * ROWS, mask=s < splits, other=float("-inf"))
-    top = tl.max(tl.maximum(coded, exact), 0)
+    top = tl.max(tl.load(p_max + (plain + s) * ROWS, mask=s < splits, other=float("-inf")), 0)
+    if BASIS:
+        top = tl.maximum(top, tl.max(tl.load(p_max + s * ROWS, mask=s < splits, other=float("-inf")), 0))
     if SINK_LOGIT:
         sink = tl.load(p_sink_logit + h * (ROWS // Q_LEN) + row // Q_LEN).to(tl.float32) * LOG2E
         top = tl.maximum(top, sink)
     safe = tl.where(top == float("-inf"), 0.0, top)  # a row that sees nothing
-    exact_weight, exact_total = _weights(p_max, p_total, splits, 2 * splits, safe, ROWS, BS)
-    code_weight, code_total = _weights(p_max, p_total, 0, splits, safe, ROWS, BS)
-    total = exact_total + code_total
+    weight, total = _weights(p_max, p_total, plain, plain + splits, safe, ROWS, BS)
+    if BASIS:
+        code_weight, code_total = _weights(p_max, p_total, 0, splits, safe, ROWS, BS)
+        total += code_total
     if SINK_LOGIT:
         total += tl.exp2(sink - safe)
 
-    # Every program of a row sums all latent channels and projects them to BC plain ones.
     c = tl.program_id(2) * BC + tl.arange(0, BC)
-    dv = tl.arange(0, BDV)
-    latent = _weighted_sum(p_partial, code_weight, 0, splits, dv, ROWS, DV, BS)
-    p_basis = p_synthesis + h * DV * DV + dv[:, None] * DV + c[None, :]
-    basis = tl.load(p_basis, mask=(dv < DV)[:, None] & (c < DV)[None, :], other=0.0)
-    out = tl.sum(latent[:, None] * basis, 0)
-    out += _weighted_sum(p_partial, exact_weight, splits, 2 * splits, c, ROWS, DV, BS)
-    out += code_total * tl.load(p_mean + h * DV + c, mask=c < DV, other=0.0)
+    out = _weighted_sum(p_partial, weight, plain, plain + splits, c, ROWS, DV, BS)
+    if BASIS:  # every program of a row sums all latent channels and projects them to BC plain ones
+        dv = tl.arange(0, BDV)
+        latent = _weighted_sum(p_partial, code_weight, 0, splits, dv, ROWS, DV, BS)
+        p_basis = p_synthesis + h * DV * DV + dv[:, None] * DV + c[None, :]
+        basis = tl.load(p_basis, mask=(dv < DV)[:, None] & (c < DV)[None, :], other=0.0)
+        out += tl.sum(latent[:, None] * basis, 0)
+        out += code_total * tl.load(p_mean + h * DV + c, mask=c < DV, other=0.0)
     out = out / tl.where(total == 0.0, 1.0, total)
     tl.store(p_out + (bh * ROWS + row) * DV + c, out.to(p_out.dtype.element_ty), mask=c < DV)
     tl.store(p_lse + bh * ROWS + row, (top + tl.log2(total)) / LOG2E)
@@ -77,7 +80,7 @@ def merge_splits_kernel(
 def merge_splits(
     partial: torch.Tensor,
     state: torch.Tensor,
-    tables: ValueTables,
+    tables: ValueTables | None,
     sink_logit: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -85,14 +88,17 @@ def merge_splits(
     """Writes `out` ``(batch, q_heads, q_len, value_dim)`` and `lse` ``(batch, q_heads, q_len)``.
 
     Args:
-        partial: float32 ``(batch, kv_heads, 2 * splits, rows, value_dim)``, unnormalised; the first half in the latent
-            basis of `tables`, the second in plain channels.
-        state: float32 ``(2, batch, kv_heads, 2 * splits, rows)``: maximum (in units of log 2) and sum of weights.
+        partial: float32 ``(batch, kv_heads, parts, rows, value_dim)``, unnormalised; the first half in the latent
+            basis of `tables`, the second in plain channels, or all of them without `tables`.
+        state: float32 ``(2, batch, kv_heads, parts, rows)``: maximum (in units of log 2) and sum of weights.
     """
     batch, heads, parts, rows, dim = partial.shape
     columns = 32
+    basis = (out, out) if tables is None else (tables.synthesis, tables.mean)
+    splits = parts if tables is None else parts // 2
     merge_splits_kernel[(batch * heads, rows, triton.cdiv(dim, columns))](
-        partial, state[0], state[1], tables.synthesis, tables.mean, out if sink_logit is None else sink_logit, out, lse,
-        parts // 2, H=heads, ROWS=rows, Q_LEN=out.shape[2], DV=dim, BDV=head_block(dim),
-        BS=max(2, triton.next_power_of_2(parts // 2)), BC=columns, SINK_LOGIT=sink_logit is not None, num_warps=4,
+        partial, state[0], state[1], *basis, out if sink_logit is None else sink_logit, out, lse,
+        splits, H=heads, ROWS=rows, Q_LEN=out.shape[2], DV=dim, BDV=head_block(dim),
+        BS=max(2, triton.next_power_of_2(splits)), BC=columns, SINK_LOGIT=sink_logit is not None,
+        BASIS=tables is not None, num_warps=4,
     )  # fmt: skip

@@ -10,6 +10,7 @@ so the workspace is one segment and the chunk, however long the past is.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import triton
@@ -22,6 +23,19 @@ from .past import QuantizedPast
 
 SEGMENT = 16384  # tokens of all sequences together that are dense at a time: 67 MB for 8 heads of 128 in 16 bits
 MIN_SEGMENT = 4096  # of one sequence: a shorter one spends its time on merging
+
+
+class DensePast(Protocol):
+    """A past that says itself what its codes stand for; others are `dequantize`d."""
+
+    @property
+    def length(self) -> int:
+        """Coded tokens."""
+        ...
+
+    def dense(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (after RoPE) and values ``(batch, kv_heads, stop - start, dim)`` in the tail's dtype."""
+        ...
 
 
 @triton.jit
@@ -88,7 +102,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
 
 def prefill_attention(
     query: torch.Tensor,
-    past: QuantizedPast | None,
+    past: QuantizedPast | DensePast | None,
     tail_keys: torch.Tensor,
     tail_values: torch.Tensor,
     *,
@@ -122,7 +136,7 @@ def prefill_attention(
     coded, q_len, n_tail = 0 if past is None else past.length, query.shape[2], tail_keys.shape[2]
     require(segment > 0, f"segment={segment} must be at least 1 token")
     require(coded + n_tail > 0, "there are no keys to attend to: neither a past nor a tail")
-    if past is not None:
+    if isinstance(past, QuantizedPast):
         for name, tail, tables in (("key", tail_keys, past.key_tables), ("value", tail_values, past.value_tables)):
             want = (past.key_codes.shape[0], past.key_codes.shape[1], n_tail, tables.mean.shape[1])
             require(tuple(tail.shape) == want, f"the tail's {name}s have shape {tuple(tail.shape)}; {want} is needed")
@@ -148,7 +162,7 @@ def prefill_attention(
 
 
 def _parts(
-    query: torch.Tensor, past: QuantizedPast | None, tail_keys: torch.Tensor, tail_values: torch.Tensor,
+    query: torch.Tensor, past: QuantizedPast | DensePast | None, tail_keys: torch.Tensor, tail_values: torch.Tensor,
     scale: float, mask: torch.Tensor | None, is_causal: bool, softcap: float | None, segment: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
     """Output and LSE over each segment of the past, then over the tail. The next one overwrites a segment's keys."""
@@ -156,14 +170,18 @@ def _parts(
     if past is not None and coded:
         step = _segment_length(coded, query.shape[0], segment)
         batch, heads = tail_keys.shape[:2]
-        keys, values = (
+        scratch = [
             torch.empty(batch, heads, step, x.shape[3], dtype=query.dtype, device=query.device)
             for x in (tail_keys, tail_values)
-        )
+            if isinstance(past, QuantizedPast)
+        ]
         for start in range(0, coded, step):
             stop = min(start + step, coded)
-            scratch = keys[:, :, : stop - start], values[:, :, : stop - start]
-            dense = dequantize(past, start, stop, query.dtype, out=scratch)
+            if isinstance(past, QuantizedPast):
+                keys, values = (x[:, :, : stop - start] for x in scratch)
+                dense = dequantize(past, start, stop, query.dtype, out=(keys, values))
+            else:
+                dense = past.dense(start, stop)
             columns = None if mask is None else mask[..., start:stop]
             yield exact_attention(query, *dense, scale=scale, mask=columns, softcap=softcap)
     if n_tail:
