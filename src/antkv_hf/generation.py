@@ -34,7 +34,7 @@ def antkv_generate(
     same as ``model.generate(input_ids, ...)`` with it.
 
     On a GPU, greedy decoding and sampling replay a captured step (see `graphs`): memory for the cache is then set aside
-    at once. The tokens are the same.
+    at once. The tokens are the same. Scalar codes and ``anchors.max_tokens`` get a cache that grows, and no replay.
 
     Args:
         codebook: Hub repo, folder or loaded codebook; read once.
