@@ -21,6 +21,7 @@ from .checks import head_block, mask_arguments, require
 from .decode_plan import (
     MIN_ROWS,
     check_decode,
+    check_rows,
     dot_dtype,
     plan_splits,
     pointers,
@@ -35,7 +36,6 @@ from .tiles import first_codes, gather_latent, sin_cos, turned
 
 TURNS = tl.constexpr(tables.TURNS)
 MAX_DIM = 256
-MAX_ROWS = 64  # query heads of a group x query tokens: more rows are a prefill
 
 
 @triton.jit
@@ -327,13 +327,8 @@ def decode_attention(
     keys, values = past.key_tables, past.value_tables
     require(n_codes > 0 or lengths is not None, "0 coded tokens: without a quantized past any attention kernel will do")
     check_decode(query, past, tail_keys, tail_values, sink_logit, out)
-    require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; decode attention takes 1 to {MAX_ROWS}")
+    check_rows(query, rows, max(dim, value_dim))
     require(max(dim, value_dim) <= MAX_DIM, f"head sizes {dim} and {value_dim}; up to {MAX_DIM} have a kernel")
-    # Larger tiles of float32 ended in an error of an H100 (Triton 3.6, 4 warps).
-    fits = not query.is_cuda or query.dtype != torch.float32 or (rows <= MIN_ROWS and max(dim, value_dim) <= 128)
-    require(
-        fits, f"{rows} float32 rows of head size {dim}: on a GPU up to {MIN_ROWS} of up to 128; use prefill_attention"
-    )
     anchors, sinks = sort_exact(past.exact)
     n_anchors = 0 if anchors is None else anchors.positions.shape[2]
     n_sinks = 0 if sinks is None else sinks.positions.shape[2]

@@ -18,6 +18,7 @@ MIN_SHARE = 256  # coded tokens a program has at least
 FEW_PROGRAMS, LONG_PROGRAMS, MANY_PROGRAMS = 2, 4, 16
 LONG = 65536  # coded tokens from which two waves are better than one
 MIN_ROWS = 8  # of a tile: the least N of a tensor-core dot
+MAX_ROWS = 64  # query heads of a group x query tokens: more rows are a prefill
 MAX_SPLITS = 128  # that one program of the merge holds at once
 
 
@@ -87,15 +88,12 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
 
 
-def check_decode(
-    query: torch.Tensor, past: QuantizedPast, tail_keys: torch.Tensor, tail_values: torch.Tensor,
-    sink_logit: torch.Tensor | None, out: torch.Tensor | None,
-) -> None:  # fmt: skip
-    """Raises ValueError unless all that decode attention takes fits together; arguments are those of the launchers."""
-    batch, q_heads, q_len, dim = query.shape
+def check_tail(
+    query: torch.Tensor, tail_keys: torch.Tensor, tail_values: torch.Tensor, sink_logit: torch.Tensor | None
+) -> None:
+    """Raises ValueError unless query, exact tail and sink logits fit together; arguments are those of the launchers."""
+    batch, q_heads, _, dim = query.shape
     heads, tail, value_dim = tail_keys.shape[1], tail_keys.shape[2], tail_values.shape[3]
-    keys, values = past.key_tables, past.value_tables
-    check_past(past)
     require(q_heads % heads == 0, f"{q_heads} query heads do not share {heads} kv heads evenly")
     require(query.stride(3) == 1, f"query has stride {query.stride(3)} in its last dimension; it must be 1")
     for name, part, size in (("keys", tail_keys, dim), ("values", tail_values, value_dim)):
@@ -103,6 +101,30 @@ def check_decode(
         require(tuple(part.shape) == want, f"tail {name} have shape {tuple(part.shape)}; {want} is needed")
         require(part.is_contiguous(), f"tail {name} must be contiguous, not of strides {part.stride()}")
     require(tail_keys.dtype == tail_values.dtype, f"tail keys are {tail_keys.dtype}, values {tail_values.dtype}")
+    fits = sink_logit is None or (tuple(sink_logit.shape) == (q_heads,) and sink_logit.is_contiguous())
+    require(fits, f"sink_logit must be contiguous and of shape ({q_heads},)")
+
+
+def check_rows(query: torch.Tensor, rows: int, dim: int) -> None:
+    """Raises ValueError for more query rows a kv head than Triton's kernels take; `dim` is the larger head size."""
+    require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; decode attention takes 1 to {MAX_ROWS}")
+    # Larger tiles of float32 ended in an error of an H100 (Triton 3.6, 4 warps).
+    fits = not query.is_cuda or query.dtype != torch.float32 or (rows <= MIN_ROWS and dim <= 128)
+    require(
+        fits, f"{rows} float32 rows of head size {dim}: on a GPU up to {MIN_ROWS} of up to 128; use prefill_attention"
+    )
+
+
+def check_decode(
+    query: torch.Tensor, past: QuantizedPast, tail_keys: torch.Tensor, tail_values: torch.Tensor,
+    sink_logit: torch.Tensor | None, out: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Raises ValueError unless all that decode attention takes fits together; arguments are those of the launchers."""
+    batch, q_heads, q_len, dim = query.shape
+    heads, value_dim = tail_keys.shape[1], tail_values.shape[3]
+    keys, values = past.key_tables, past.value_tables
+    check_past(past)
+    check_tail(query, tail_keys, tail_values, sink_logit)
     tables_of = tuple(keys.mean.shape), tuple(values.mean.shape)
     fits = tables_of == ((heads, dim), (heads, value_dim))
     require(fits, f"tables of {tables_of}, query and tail of {heads} x {dim}")
@@ -110,8 +132,6 @@ def check_decode(
     bits = (batch, heads, triton.cdiv(past.capacity, 8))
     fits = tuple(past.exact_bits.shape) == bits and past.exact_bits.is_contiguous()
     require(fits, f"exact_bits have shape {tuple(past.exact_bits.shape)}; {bits}, contiguous, is needed")
-    fits = sink_logit is None or (tuple(sink_logit.shape) == (q_heads,) and sink_logit.is_contiguous())
-    require(fits, f"sink_logit must be contiguous and of shape ({q_heads},)")
     fits = out is None or (out.shape == (batch, q_heads, q_len, value_dim) and out.is_contiguous())
     require(fits, f"out must be contiguous and of shape {(batch, q_heads, q_len, value_dim)}")
     lengths = past.lengths

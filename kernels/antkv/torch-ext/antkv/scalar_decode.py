@@ -16,8 +16,17 @@ import triton
 import triton.language as tl
 
 from .checks import head_block, mask_arguments, require
-from .decode_attention import MAX_DIM, MAX_ROWS, attend_exact
-from .decode_plan import MIN_ROWS, dot_dtype, plan_splits, pointers, sort_exact, triton_dtype
+from .decode_attention import MAX_DIM, attend_exact
+from .decode_plan import (
+    MIN_ROWS,
+    check_rows,
+    check_tail,
+    dot_dtype,
+    plan_splits,
+    pointers,
+    sort_exact,
+    triton_dtype,
+)  # fmt: skip
 from .merge_splits import merge_splits
 from .past import ExactTokens
 from .softmax import dot, masked_logits, softmax_step
@@ -277,21 +286,9 @@ def scalar_decode_attention(
     group, n_codes, n_groups = q_heads // heads, past.length, past.starts.shape[0]
     rows = group * q_len
     require(n_codes > 0, "0 coded tokens: without a quantized past any attention kernel will do")
-    require(q_heads % heads == 0, f"{q_heads} query heads do not share {heads} kv heads evenly")
-    require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; decode attention takes 1 to {MAX_ROWS}")
-    fits = not query.is_cuda or query.dtype != torch.float32 or (rows <= MIN_ROWS and max(dim, value_dim) <= 128)
-    require(fits, f"{rows} float32 rows of head size {dim}: on a GPU up to {MIN_ROWS} of up to 128")
-    require(query.stride(3) == 1, f"query has stride {query.stride(3)} in its last dimension; it must be 1")
+    check_rows(query, rows, max(dim, value_dim))
     check_scalar_past(past, batch, heads, dim, value_dim)
-    sizes = {"keys": (tail_keys, dim), "values": (tail_values, value_dim)}
-    for name, (part, size) in sizes.items():
-        want = (batch, heads, tail, size)
-        fits = tuple(part.shape) == want and part.is_contiguous() and part.dtype == tail_keys.dtype
-        require(
-            fits, f"tail {name} are {part.dtype} {tuple(part.shape)}; contiguous {tail_keys.dtype} {want} is needed"
-        )
-    fits = sink_logit is None or (tuple(sink_logit.shape) == (q_heads,) and sink_logit.is_contiguous())
-    require(fits, f"sink_logit must be contiguous and of shape ({q_heads},)")
+    check_tail(query, tail_keys, tail_values, sink_logit)
     anchors, sinks = sort_exact(past.exact)
     counts = [0 if tokens is None else tokens.positions.shape[2] for tokens in (anchors, sinks)]
     block, value_block = head_block(dim), head_block(value_dim)

@@ -12,8 +12,7 @@ import triton.language as tl
 
 from .anchor_score import TERMS, column_statistic_kernel, query_moment_kernel, tile_sizes
 from .checks import head_block, mask_arguments, require
-
-MAX_ROWS = 64  # query heads of a group, as in decode attention
+from .decode_plan import MAX_ROWS
 
 
 @triton.jit
