@@ -37,6 +37,15 @@ def two(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def two_gpus(tmp_path_factory):
+    if torch.cuda.device_count() < SIZE:
+        pytest.skip(f"needs {SIZE} CUDA GPUs")
+    processes = TwoProcesses(tmp_path_factory.mktemp("nccl"), "nccl")
+    yield processes
+    processes.end()
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
     tiny_llama(num_attention_heads=8, num_key_value_heads=HEADS, hidden_size=128, num_hidden_layers=2).save_pretrained(
@@ -45,19 +54,20 @@ def folder(tmp_path_factory):
     return place
 
 
-def batch() -> dict[str, torch.Tensor]:
+def batch(device="cpu") -> dict[str, torch.Tensor]:
     """Two prompts of 50 tokens, the second left-padded by 9."""
     ids = torch.randint(3, 128, (2, 50), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     ids[1, :9] = mask[1, :9] = 0
-    return dict(input_ids=ids, attention_mask=mask)
+    return dict(input_ids=ids.to(device), attention_mask=mask.to(device))
 
 
 # -------------------------------------------------------------------- in both processes
 @functools.cache
 def models(folder):
-    """The model as a whole, and as this process's share of it."""
-    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    """The model as a whole, and as this process's share of it, on this process's device."""
+    device = "cpu" if distributed.get_backend() == "gloo" else f"cuda:{distributed.get_rank()}"
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
     shared = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto")).eval()
     return whole, shared
 
@@ -74,7 +84,7 @@ def generated(folder, lane: str, config: AnTKVConfig, options: dict):
         model.set_attn_implementation(lane)
         book = codebook(folder) if config == CONFIG else None
         caches.append(AnTKVCache(model.config, config, book))
-        tokens.append(model.generate(**batch(), past_key_values=caches[-1], **options))
+        tokens.append(model.generate(**batch(model.device), past_key_values=caches[-1], **options))
     return tokens, caches
 
 
@@ -85,12 +95,15 @@ def compare(folder, lane, config, options):
     return dict(
         tokens=found.tolist(), same=torch.equal(expected, found), heads=mine.shape[1],
         codes=mine.shape == theirs.shape and (config == IDENTITY or torch.equal(mine, theirs)),
-        sizes=[vars(c.memory_footprint()) for c in (whole, shared)],
+        sizes=[vars(c.memory_footprint()) for c in (whole, shared)], backend=shared.backend,
     )  # fmt: skip
 
 
 def compare_custom_generate(folder):
-    found = [m.generate(**batch(), custom_generate=antkv_generate(codebook(folder)), **GREEDY) for m in models(folder)]
+    found = [
+        m.generate(**batch(m.device), custom_generate=antkv_generate(codebook(folder)), **GREEDY)
+        for m in models(folder)
+    ]
     return torch.equal(*found)
 
 
@@ -158,6 +171,16 @@ def test_tokens_are_those_of_one_process(two, folder, lane, config, options):
     # the starts of its groups of keys are with each process
     for name in ("window", "tables", "elements", *(() if config == SCALAR else ("codes",))):
         assert first["sizes"][1][name] + second["sizes"][1][name] == first["sizes"][0][name], name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lane", ("sdpa", "antkv"))
+@pytest.mark.parametrize("config", (IDENTITY, CONFIG, SCALAR), ids=("identity", "codebook", "scalar"))
+def test_tokens_on_two_gpus(two_gpus, folder, lane, config):
+    first, second = two_gpus.run(compare, folder, lane, config, GREEDY)
+    assert first["same"] and second["same"] and first["tokens"] == second["tokens"]
+    assert first["heads"] == second["heads"] == HEADS // SIZE and first["backend"] == second["backend"]
+    assert first["backend"] == ("reference" if config == IDENTITY else "triton")
 
 
 def test_custom_generate(two, folder):

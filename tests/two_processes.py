@@ -1,4 +1,4 @@
-"""Two processes of this machine, joined by gloo as `torchrun` would join them, that run functions of the tests."""
+"""Two processes of this machine, joined as `torchrun` would join them, that run functions of the tests."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ _IMPORTED = [  # once, before the processes part
 
 
 class TwoProcesses:
-    """Starts them once for a module, since importing torch and transformers takes seconds. Close with `end`."""
+    """Starts them once for a module, since importing torch and transformers takes seconds. Close with `end`.
 
-    def __init__(self, folder: Path):
+    With `backend` "nccl" each has a GPU of its own, which is its current device; with "gloo" both compute on the CPU.
+    """
+
+    def __init__(self, folder: Path, backend: str = "gloo"):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_IMPORTED)
         self.pipes, self.processes = [], []
         for rank in range(SIZE):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, str(folder / "store"), theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, backend, str(folder / "store"), theirs), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -51,14 +54,16 @@ class TwoProcesses:
             process.join()
 
 
-def _serve(rank: int, store: str, pipe) -> None:
+def _serve(rank: int, backend: str, store: str, pipe) -> None:
     numbers = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=SIZE, LOCAL_WORLD_SIZE=SIZE)
     os.environ.update({name: str(number) for name, number in numbers.items()})
     import torch
     from torch import distributed
 
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=SIZE)
     while True:
         try:
             function, args = pipe.recv()
