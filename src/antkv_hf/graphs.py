@@ -232,7 +232,7 @@ class GraphedModel:
     ) -> Any:
         """Runs or replays, and sees to it that the host counts what the device does."""
         before, is_captured = storages[0].counts, replayed.is_captured
-        if not is_captured:
+        if not is_captured and not self._runs_python:
             for storage in storages:
                 storage.planned = planned
         try:

@@ -10,6 +10,7 @@ from builders import assert_near, pair_tables, quantized_past, random_codec, ran
 from conftest import tiny_llama
 from helpers import random_tables
 from recorded_graph import RecordedGraph
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate, graphs
 from antkv_hf.anchors import get_score
@@ -182,11 +183,19 @@ def kernel_model(device: str = "cpu", layers: int = 1, heads: int = 1, backend: 
     return model, AnTKVCodebook(config, tables, describe_model(model.config, "test/model"))
 
 
-def test_generation_replays_recorded_steps(monkeypatch):
+def causal_mask(batch_size: int, q_length: int, kv_length: int, **kwargs) -> torch.Tensor:
+    return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool).tril(kv_length - q_length)
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("no-mask", "mask"))
+def test_generation_replays_recorded_steps(masked, monkeypatch):
     model, codebook = kernel_model()
     ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(0))
     options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
     expected = model.generate(ids, past_key_values=AnTKVCache(model.config, codebook=codebook), **options)
+    if masked:  # as transformers 5.17 does while a step is captured: it must not stay as it is
+        monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "1")  # later ones then turn query heads into query tokens
+        monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", causal_mask)
     monkeypatch.setattr("antkv_hf.generation._no_gpu", lambda model: None)
     monkeypatch.setattr(graphs, "cuda_graphs", lambda: RecordedGraph)
     monkeypatch.setattr(graphs, "FIRST_BUCKET", 256)  # one split

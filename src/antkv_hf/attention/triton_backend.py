@@ -97,10 +97,6 @@ class TritonBackend:
     def attend_step(self, past: Snapshot, query, mask, scale, softcap=None, sink_logit=None):
         static, kv_heads = past.static, past.tail_keys.shape[1]
         assert static is not None
-        if static.planned is not None and mask is not None:
-            raise ValueError(
-                f"a captured step was given an attention mask of {mask.shape[-1]} keys, which would stay as it is"
-            )
         planned = past.coded_length if static.planned is None else static.planned
         quantized = self._static_past(past)._replace(coded=planned, lengths=static.lengths)
         with torch.cuda.device_of(query):
