@@ -81,16 +81,16 @@ def lanes(model, codebook: AnTKVCodebook) -> list[Lane]:
     def dynamic(batch: int, context: int, room: int) -> Cache:
         cache = DynamicCache(config=model.config)
         for i in range(len(cache.layers)):
-            cache.update(*_random_keys(model, batch, context), i)
+            cache.update(*random_keys(model, batch, context), i)
         return cache
 
     def grown(batch: int, context: int, room: int) -> Cache:
         cache = AnTKVCache(model.config, codebook=codebook)
         for i, layer in enumerate(cache.quantized_layers):
             full = AnTKVCache(model.config, codebook=codebook, max_length=context).quantized_layers[i]
-            fill_layer(full, *_random_keys(model, batch, 0), context)
+            fill_layer(full, *random_keys(model, batch, 0), context)
             s = full.storage
-            layer.lazy_initialization(*_random_keys(model, batch, 0))
+            layer.lazy_initialization(*random_keys(model, batch, 0))
             parts = {name: tensor.clone() for name, tensor in s.tensors().items()}
             layer.storage = LayerStorage.from_tensors(s.codec, s.config, s.score, parts, s.backend)
             layer.filled = copy.copy(layer.storage)
@@ -99,7 +99,7 @@ def lanes(model, codebook: AnTKVCodebook) -> list[Lane]:
     def static(batch: int, context: int, room: int) -> Cache:
         cache = AnTKVCache(model.config, codebook=codebook, max_length=context + room)
         for layer in cache.quantized_layers:
-            fill_layer(layer, *_random_keys(model, batch, 0), context)
+            fill_layer(layer, *random_keys(model, batch, 0), context)
         return cache
 
     def crop(cache: Cache, tokens: int) -> None:
@@ -120,7 +120,8 @@ def lanes(model, codebook: AnTKVCodebook) -> list[Lane]:
 
 
 # -------------------------------------------------------------------------------------------------------------- filling
-def _random_keys(model, batch: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_keys(model, batch: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of one layer ``(batch, kv_heads, n, head_dim)`` as the model would hand them over."""
     text = model.config
     shape = batch, text.num_key_value_heads, n, text.head_dim
     keys, values = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
@@ -207,7 +208,7 @@ class RingLayer(CacheLayerMixin):
 class RingCache(Cache):
     def __init__(self, model, batch: int, context: int):
         n = model.config.num_hidden_layers
-        super().__init__(layers=[RingLayer(*_random_keys(model, batch, context)) for _ in range(n)])
+        super().__init__(layers=[RingLayer(*random_keys(model, batch, context)) for _ in range(n)])
 
 
 def _ring_attention(library, module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -218,7 +219,7 @@ def _ring_attention(library, module, query, key, value, attention_mask, scaling=
 
 def _faster_library(model) -> str:
     text = model.config
-    keys, values = _random_keys(model, 1, 32768)
+    keys, values = random_keys(model, 1, 32768)
     query = torch.randn(1, text.num_attention_heads, 1, text.head_dim, dtype=model.dtype, device=model.device)
     competitors = {
         name: [lambda name=name: _ring_attention(name, None, query, keys, values, None)] for name in FLASH

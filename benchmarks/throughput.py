@@ -5,18 +5,21 @@
 
 Part "latency": one sequence. Part "batch": equal batches. Part "memory": every cache at the largest batch that fits the
 same memory. With equal batches the lanes take turns; a timed step scores its tokens, and in every 128 steps a chunk is
-encoded. Writes FOLDER/throughput.csv. `--tiny` only shows that the script runs.
+encoded. Writes FOLDER/throughput.csv after each context, and FOLDER/throughput.png where matplotlib is installed.
+`--tiny` only shows that the script runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import statistics
 from pathlib import Path
 
 import torch
 from decoding import Lane, lanes, seconds_a_step
+from decoding_rivals import quantized_bytes, rival_lane
 from prefill import LLAMA_3_8B, TINY, random_codebook, random_llama
 from results import print_table, write_csv
 
@@ -48,6 +51,8 @@ def cache_bytes(lane: Lane, context: int, room: int) -> int:
     cache = lane.make_cache(1, context, room)
     if hasattr(cache, "memory_footprint"):
         return cache.memory_footprint().total
+    if hasattr(cache, "filled"):
+        return quantized_bytes(cache)
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
@@ -108,6 +113,31 @@ def rows_of(
     return rows
 
 
+def plot(rows: list[dict], path: Path) -> None:
+    """A panel a part: tokens a second of each lane by context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    figure, panels = plt.subplots(1, len(parts), figsize=(6.5 * len(parts), 5), squeeze=False)
+    for panel, part in zip(panels[0], parts):
+        for lane in dict.fromkeys(row["lane"] for row in rows):
+            own = [row for row in rows if row["part"] == part and row["lane"] == lane]
+            points = sorted((row["context"], row["tokens_a_second"], row["batch"]) for row in own)
+            panel.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=lane)
+            for context, speed, batch in points:
+                panel.annotate(f"x{batch}", (context, speed), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        panel.set(xlabel="tokens of context", title=f"{part}: tokens a second (x batch)")
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,6 +145,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="some of latency, batch, memory")
     parser.add_argument("--contexts", type=int, nargs="+", help="only these contexts")
     parser.add_argument("--lanes", type=int, nargs="+", help="only these lanes, counted from 0")
+    parser.add_argument("--rivals", nargs="+", default=[], help="beside them: static, quanto-int4, hqq-int4, ...")
     parser.add_argument("--bits", type=float, default=1.0, help="preset of VQSpec.for_bits")
     parser.add_argument("--steps", type=int, default=128, help="timed steps a round: a multiple of the chunk")
     parser.add_argument("--rounds", type=int, default=3)
@@ -134,14 +165,17 @@ def main() -> None:
     model = random_llama(TINY if arguments.tiny else LLAMA_3_8B, arguments.device)
     competitors = lanes(model, random_codebook(model, config))
     competitors = [competitors[i] for i in arguments.lanes or range(len(competitors))]
+    competitors += [rival_lane(name, model) for name in arguments.rivals]
     rows: list[dict] = []
     for part in parts:
         for batch, context in (TINY_PARTS if arguments.tiny else PARTS)[part]:
             if arguments.contexts is None or context in arguments.contexts:
                 rows += rows_of(part, model, competitors, batch, context, arguments)
+                write_csv(arguments.out / "throughput.csv", rows, arguments.device)
     print(f"{config.key}, anchors by {config.anchors.score}; synthetic keys, values and codes; {arguments.steps} steps")
     print_table(rows)
-    write_csv(arguments.out / "throughput.csv", rows, arguments.device)
+    if importlib.util.find_spec("matplotlib"):
+        plot(rows, arguments.out / "throughput.png")
 
 
 if __name__ == "__main__":

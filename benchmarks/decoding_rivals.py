@@ -1,0 +1,66 @@
+"""transformers' other caches as lanes of `decoding`: StaticCache with generate's own compile, and QuantizedCache."""
+
+from __future__ import annotations
+
+import copy
+
+from decoding import Lane, random_keys
+from transformers import StaticCache
+from transformers.cache_utils import Cache
+
+from antkv_hf.evaluation.baselines import quantized_cache, tensor_bytes
+
+STATIC = "static"
+
+
+def rival_lane(name: str, model) -> Lane:
+    """The lane called ``static``, or ``<quanto or hqq>-int<bits>``.
+
+    Raises:
+        ValueError: for another name.
+        ImportError: if a quantizer's package is not installed.
+    """
+    if name == STATIC:
+        # generate compiles the forward in the first round and captures it in CUDA graphs.
+        return Lane("StaticCache, compiled", "sdpa", _static(model), _shorten, _batch_of, warm_ups=1)
+    make = quantized_cache(name, model.config)
+
+    def filled(batch: int, context: int, room: int) -> Cache:
+        cache = make()
+        for i in range(len(cache.layers)):
+            cache.update(*random_keys(model, batch, context), i)  # quantizes them all at once
+        cache.filled = [copy.copy(layer) for layer in cache.layers]
+        cache.batch = batch
+        return cache
+
+    return Lane(f"QuantizedCache, {name}", "sdpa", filled, _restore, lambda cache: cache.batch, warm_ups=1)
+
+
+def quantized_bytes(cache: Cache) -> int:
+    """Bytes that a `QuantizedCache` holds."""
+    held = [(x._quantized_keys, x._quantized_values, x.keys, x.values) for x in cache.layers]
+    return tensor_bytes(held)
+
+
+def _static(model):
+    def make(batch: int, context: int, room: int) -> Cache:
+        cache = StaticCache(config=model.config, max_cache_len=context + room)
+        for i in range(len(cache.layers)):
+            cache.update(*random_keys(model, batch, context), i)
+        return cache
+
+    return make
+
+
+def _batch_of(cache: Cache) -> int:
+    return cache.layers[0].keys.shape[0]
+
+
+def _shorten(cache: Cache, tokens: int) -> None:
+    for layer in cache.layers:
+        layer.cumulative_length.sub_(tokens)
+
+
+def _restore(cache: Cache, tokens: int) -> None:
+    """As it was filled: a quantized layer replaces its tensors, and changes none."""
+    cache.layers = [copy.copy(layer) for layer in cache.filled]
