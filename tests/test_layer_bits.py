@@ -108,13 +108,15 @@ def test_inspect_says_what_each_layer_has(book, tmp_path):
     assert found["bits"]["with_anchors"] == pytest.approx(codes + 8 * (1 / 8 + (32 + 8) / 16) / 32, abs=1e-3)
 
 
-def test_kernels_of_a_layer_are_named(llama):
+def test_kernels_of_a_layer_are_named(llama, book):
     pytest.importorskip("triton")
-    config = AnTKVConfig.preset("1bit", layer_specs={1: (VQSpec(4, 8), VQSpec(4, 8)), 2: (VQSpec(8, 4), VQSpec(1, 4))})
-    book = random_codebook(llama, config.replace(rope="none"))
-    cache = AnTKVCache(llama.config, book.config, book)
-    found = [fastest_kernels(layer.plan.codec(torch.device("cpu"), 2, 16, 16)) for layer in cache.quantized_layers]
-    assert found == ["none", "none", "none"], "keys in a dense basis have no kernel"
+    one, two = (AnTKVCodebook.from_pretrained(f"smollm2-135m-instruct-{bits}bit") for bits in (1, 2))
+    cpu = torch.device("cpu")
+    layers = [AnTKVCache(made.model_config(), codebook=made).quantized_layers[3] for made in (one, two)]
+    found = [fastest_kernels(layer.plan.codec(cpu, 3, 64, 64)) for layer in layers]
+    assert found[0] == "cuda" and found[1] in ("triton", "cuda")
+    random = AnTKVCache(llama.config, codebook=book).quantized_layers[0]
+    assert fastest_kernels(random.plan.codec(cpu, 2, 16, 16)) == "none", "it separates the channels of RoPE pairs"
 
 
 # -------------------------------------------------------------------- caches

@@ -144,13 +144,15 @@ def calibrate(
         _learn(wanted, plan, folder, model.device, iterations, seed, progress, processes)
         sensitivity = None
         if mixed is not None:
-            config, sensitivity = search(
-                model, mixed, config, plan.described, rotary, windows, folder, progress, processes
-            )
+            with frozen_for_statistics(model):
+                config, sensitivity = search(
+                    model, mixed, config, described, rotary, windows, folder, progress, processes
+                )
         tables, errors = _tables(config, rotary, folder)
         if mixed is not None and sensitivity is not None:
-            book = AnTKVCodebook(config, tables, described)
-            sensitivity["measured"] = measured(model, mixed, book, windows, folder)
+            with frozen_for_statistics(model):
+                book = AnTKVCodebook(config, tables, described)
+                sensitivity["measured"] = measured(model, mixed, book, windows, folder)
         processes.wait()  # until all have read the tables
     made = {
         "sources": list(sources) if sources is not None else mix.describe(),
