@@ -34,8 +34,8 @@ def random_codebook(model, config: AnTKVConfig, seed: int = 0) -> AnTKVCodebook:
     heads, dim = described["kv_heads"], described["head_dim"]
     tables = {
         i: (
-            random_tables(config.key, heads, dim, dense=config.rope == "none", seed=seed + 2 * i),
-            random_tables(config.value, heads, described["value_dim"], dense=True, seed=seed + 2 * i + 1),
+            random_tables(config.specs(i)[0], heads, dim, dense=config.rope == "none", seed=seed + 2 * i),
+            random_tables(config.specs(i)[1], heads, described["value_dim"], dense=True, seed=seed + 2 * i + 1),
         )
         for i in range(described["num_hidden_layers"])
     }

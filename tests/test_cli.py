@@ -56,8 +56,8 @@ def error_of(*arguments) -> str:
 
 def test_help_and_version():
     text = antkv("--help").output
-    assert all(command in text for command in ("demo", "generate", "calibrate", "evaluate", "inspect"))
-    for command in ("demo", "generate", "calibrate", "evaluate", "inspect"):
+    assert all(command in text for command in ("demo", "generate", "calibrate", "evaluate", "inspect", "budget"))
+    for command in ("demo", "generate", "calibrate", "evaluate", "inspect", "budget"):
         assert "--help" in antkv(command, "--help").output
     assert antkv("--version").output.strip() == __version__
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate, calibrate
 from antkv_hf.calibration import work_folder
 from antkv_hf.calibration.processes import device_of
+from antkv_hf.calibration.sensitivity import Mixed
 from antkv_hf.tensor_parallel import HeadShard, check_heads, head_shard, tp_size
 
 HEADS = 4  # two a process
@@ -140,8 +141,10 @@ def share_of_mesh(shape, names, local):
         return tp_size(None, mesh), str(error)
 
 
-def calibrated_here(work_dir, batch_size):
-    codebook = calibrated(small_llama(num_hidden_layers=3), tokens=448, batch_size=batch_size, work_dir=work_dir)
+def calibrated_here(work_dir, batch_size, mixed):
+    codebook = calibrated(
+        small_llama(num_hidden_layers=3), tokens=448, batch_size=batch_size, work_dir=work_dir, mixed=mixed
+    )
     return {name: t.numpy() for name, t in codebook._tensors().items()}, codebook.calibration
 
 
@@ -230,22 +233,22 @@ def test_heads_that_do_not_divide():
 
 
 # -------------------------------------------------------------------- calibration
-@pytest.mark.parametrize("batch_size", (1, 2))
-def test_a_shared_calibration_gives_the_tables_of_one_process(two, tmp_path, batch_size):
+@pytest.mark.parametrize(("batch_size", "mixed"), [(1, None), (2, Mixed(0.75, ("d8b4", "d4b4"), windows=1))])
+def test_a_shared_calibration_gives_the_tables_of_one_process(two, tmp_path, batch_size, mixed):
     """7 windows and 3 layers, so that the shares are uneven; equal bit for bit, since nothing is added up across."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        expected = calibrated(small_llama(num_hidden_layers=3), tokens=448, batch_size=batch_size)
+        expected = calibrated(small_llama(num_hidden_layers=3), tokens=448, batch_size=batch_size, mixed=mixed)
     finally:
         torch.set_num_threads(threads)
     work_dir = None if batch_size == 1 else tmp_path
-    for found, made in two.run(calibrated_here, work_dir, batch_size):
+    for found, made in two.run(calibrated_here, work_dir, batch_size, mixed):
         assert found.keys() == expected._tensors().keys() and made == expected.calibration
         for name, tensor in expected._tensors().items():
             assert torch.equal(torch.from_numpy(found[name]), tensor), name
     if work_dir is not None:
-        again = two.run(calibrated_here, work_dir, batch_size)  # nothing is left to do
+        again = two.run(calibrated_here, work_dir, batch_size, mixed)  # nothing is left to do
         assert again[0][1] == expected.calibration
 
 

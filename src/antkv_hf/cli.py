@@ -1,4 +1,4 @@
-"""The command line: ``antkv demo | generate | calibrate | evaluate | inspect``.
+"""The command line: ``antkv demo | generate | calibrate | evaluate | inspect | budget``.
 
 Results go to stdout (``--json`` for machines), progress to stderr. What the library raises becomes one line and exit
 code 1; ``antkv --debug COMMAND`` shows where it came from.
@@ -6,19 +6,32 @@ code 1; ``antkv --debug COMMAND`` shows where it came from.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
-if TYPE_CHECKING:
-    from .codebook import AnTKVCodebook
-    from .config import AnTKVConfig
+from .cli_budget import budget
+from .cli_common import (
+    AsJson,
+    Codebook,
+    Device,
+    DType,
+    Model,
+    Settings,
+    _Bar,
+    _changed,
+    _codebook_place,
+    _codec,
+    _load_model,
+    _mixed_runs,
+    _quiet,
+    _say,
+)
 
 # torch and transformers are imported inside the commands: --help answers at once.
 
@@ -48,29 +61,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A Hugging Face KV cache of 1 bit per element and below (AnTKV). Start with: antkv demo",
 )
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model, or the word smollm2.")
-]
-Codebook = Annotated[
-    str,
-    typer.Argument(
-        metavar="CODEBOOK",
-        help="Codebook of that model: folder, Hub id, or a shipped one: smollm2-135m-instruct-1bit. ott-2bit and "
-        "ott-4bit need none.",
-    ),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes the GPU if there is one.")]
-DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on a CPU, else the model's.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="FIELD=VALUE",
-        help="Change a setting for this run, e.g. window=64 or anchor_fraction=0.01; repeat for several.",
-    ),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -171,6 +161,18 @@ def calibrate(
     ] = None,
     key_bits: Annotated[str | None, typer.Option(help="Other bits (or a spec such as d16b8s2) for keys.")] = None,
     value_bits: Annotated[str | None, typer.Option(help="Other bits (or a spec) for values.")] = None,
+    layer_bits: Annotated[
+        str | None, typer.Option(help="Bits (or specs, or keys/values) of single layers: 0-9=0.5,10-24=2,25=1/2.")
+    ] = None,
+    mixed: Annotated[
+        list[float] | None,
+        typer.Option(help="Spread so many bits on average over layers, keys and values by measured loss; repeat."),
+    ] = None,
+    candidate: Annotated[
+        list[str] | None, typer.Option(help="Rate or spec that --mixed may give; repeat. Default: 0.5, 1, 2, 4.")
+    ] = None,
+    sensitivity: Annotated[str, typer.Option(help="Protocol by which --mixed measures: W0 or S128.")] = "W0",
+    sensitivity_windows: Annotated[int, typer.Option(help="Windows of text on which --mixed measures.")] = 4,
     tokens: Annotated[int, typer.Option(help="Tokens of text to learn from.")] = 262144,
     window: Annotated[int, typer.Option(help="Tokens that the model sees at a time.")] = 2048,
     samples: Annotated[
@@ -190,6 +192,8 @@ def calibrate(
 
     Example: antkv calibrate smollm2 wiki.txt=0.5 code/=0.5 --bits 1 -o codebooks/smollm2-1bit
 
+    --mixed 1 instead of --bits 1 measures what each layer loses at each rate, and spends the bits where they count.
+
     Several GPUs share the work, each with the whole model; the tables are those of one:
     torchrun --nproc-per-node 4 -m antkv_hf.cli calibrate ... (or accelerate launch -m antkv_hf.cli calibrate ...)
     """
@@ -198,22 +202,32 @@ def calibrate(
 
     from .calibration import calibrate as learn
     from .calibration.processes import Processes, device_of, on_cpu
+    from .calibration.sensitivity import Mixed
     from .config import AnTKVConfig
     from .demo_model import REPO, WORD
     from .evaluation import save_codebook
     from .texts import TextMix
 
-    wanted = bits or ["1"]
-    configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings) for b in wanted]
+    wanted = bits or ([] if mixed else ["1"])
+    configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings, layer_bits) for b in wanted]
+    runs: list[tuple[str, AnTKVConfig, Mixed | None]] = [
+        (f"{b.removesuffix('bit')}bit", config, None) for b, config in zip(wanted, configs, strict=True)
+    ]
+    runs += _mixed_runs(mixed, candidate, sensitivity, sensitivity_windows, settings)
+    if mixed and (key_bits or value_bits or layer_bits) and not bits:
+        raise ValueError(
+            "--mixed chooses the bits of keys, values and layers: leave --key-bits, --value-bits and "
+            "--layer-bits out, or name --bits for another codebook"
+        )
     mix = TextMix.from_sources(texts)
     with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(on_cpu(device)) as processes:
         loaded, tokenizer = _load_model(model, device_of(device, processes.local_rank), dtype)
-        for b, config in zip(wanted, configs, strict=True):
-            folder = output if len(wanted) == 1 else output / f"{b.removesuffix('bit')}bit"
+        for name, config, spread in runs:
+            folder = output if len(runs) == 1 else output / name
             codebook = learn(
                 loaded, tokenizer, mix, config, tokens=tokens, window=window, seed=seed, samples=samples,
                 work_dir=work_dir or scratch, base_model=base_model or (REPO if model == WORD else None),
-                license=license,
+                license=license, mixed=spread,
             )  # fmt: skip
             if processes.rank:
                 continue
@@ -321,112 +335,7 @@ def inspect(
     typer.echo(json.dumps(found, indent=2) if as_json else format_inspection(found))
 
 
-# -------------------------------------------------------------------- helpers
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _quiet() -> None:
-    """Short warnings, and no progress bars of transformers while it loads weights."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    warnings.showwarning = lambda message, *args, **kwargs: _say(f"antkv: warning: {message}")
-
-
-def _codebook_place(name: str) -> str:
-    from .demo import find_codebook
-
-    return find_codebook(name)
-
-
-def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None, AnTKVConfig]:
-    """Codebook and config of the argument CODEBOOK; a preset that needs no codebook also takes ``--set group=64``."""
-    from .codebook import AnTKVCodebook
-    from .config import OTT, AnTKVConfig
-
-    if not name.startswith(OTT):
-        book = AnTKVCodebook.from_pretrained(_codebook_place(name))
-        return book, _changed(book.config, settings)
-    groups = [setting for setting in settings or [] if setting.startswith("group=")]
-    rest = [setting for setting in settings or [] if setting not in groups]
-    if groups and not groups[-1][6:].isdigit():
-        raise ValueError(f"--set {groups[-1]!r}: group is a number")
-    return None, _changed(AnTKVConfig.preset(name, group=int(groups[-1][6:]) if groups else None), rest)
-
-
-def _load_model(name: str, device: str, dtype: str):
-    """Model in evaluation mode and tokenizer; `name` is a folder, a Hub id or the word smollm2."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .demo_model import WORD, load_demo_model
-
-    cuda = torch.cuda.is_available()
-    where = torch.device(("cuda" if cuda else "cpu") if device == "auto" else _checked_device(device))
-    if where.type == "cuda" and not cuda:
-        raise ValueError(f"--device {device}: this PyTorch sees no GPU; use --device cpu")
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype != "auto" and dtype not in kinds:
-        raise ValueError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(kinds)}")
-    kind: Any = kinds.get(dtype, torch.float32 if where.type == "cpu" else "auto")
-    if name == WORD:
-        model, tokenizer, place = load_demo_model()
-        _say(f"model: {place}")
-        return model.to(where, dtype=torch.bfloat16 if kind == "auto" else kind), tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval().to(where), tokenizer
-
-
-def _checked_device(name: str) -> str:
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name!r} is unknown; choose auto, cpu, cuda or cuda:<number>")
-    return name
-
-
-def _changes(settings: list[str] | None) -> dict[str, Any]:
-    """``["window=64", "anchor_score=none"]`` -> ``{"window": 64, "anchor_score": "none"}``, names checked."""
-    from .config import AnchorConfig, AnTKVConfig
-
-    fields = {f.name: f for f in dataclasses.fields(AnTKVConfig) if f.name not in ("key", "value", "anchors")}
-    fields |= {f"anchor_{f.name}": f for f in dataclasses.fields(AnchorConfig)}
-    changes: dict[str, Any] = {}
-    for setting in settings or []:
-        name, equals, text = setting.partition("=")
-        if not equals or name not in fields:
-            raise ValueError(f"--set {setting!r}: write FIELD=VALUE with a field of {', '.join(fields)}")
-        try:
-            changes[name] = json.loads(text)
-        except ValueError:
-            changes[name] = text
-        if name == "skip_layers":
-            changes[name] = tuple(changes[name] if isinstance(changes[name], list) else [changes[name]])
-        elif isinstance(fields[name].default, (int, float)) and not isinstance(changes[name], (int, float)):
-            raise ValueError(f"--set {setting!r}: {name} is a number")
-    return changes
-
-
-def _changed(config: AnTKVConfig, settings: list[str] | None) -> AnTKVConfig:
-    return config.replace(**_changes(settings))
-
-
-class _Bar:
-    """Progress of `evaluate` on stderr: one bar a row."""
-
-    def __init__(self) -> None:
-        self.name, self.bar = "", None  # type: str, Any
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        from tqdm.auto import tqdm
-
-        if self.bar is None or name != self.name:
-            self.name, self.bar = name, tqdm(total=total, desc=name, unit="window")
-        self.bar.update(done - self.bar.n)
-        if done == total:
-            self.bar.close()
-            self.bar = None
+app.command()(budget)
 
 
 def main() -> None:

@@ -25,7 +25,9 @@ from .hub_files import download
 from .rotary import Rotary
 from .tensor_parallel import head_shard
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# 1: all layers have the specs of the config. 2: layer_specs, only written where there are any.
+_READS = (1, 2)
 # fields of a config that say where a model came from, not what it is
 _NOT_THE_MODEL = (
     "_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
@@ -60,8 +62,9 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         calibration: dict[str, Any] | None = None,
         evaluation: list[dict[str, Any]] | None = None,
     ):
-        key_spec, value_spec = config.vq_specs()
+        config.vq_specs()
         for layer, (key, value) in tables.items():
+            key_spec, value_spec = config.vq_specs(layer)
             for role, spec, part, dim in (
                 ("key", key_spec, key, model["head_dim"]),
                 ("value", value_spec, value, model["value_dim"]),
@@ -87,11 +90,13 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                     f"this codebook was made for {mine['base_model']} ({name} {mine[name]}), but the model has {name} "
                     f"{found[name]}: load the codebook of this model, or make one with `antkv calibrate`"
                 )
-        if (config.key, config.value) != (self.config.key, self.config.value) or config.rope != self.config.rope:
-            raise ValueError(
-                f"the config asks for keys {config.key}, values {config.value}, rope {config.rope!r}, but the codebook "
-                f"holds {self.config.key}, {self.config.value}, {self.config.rope!r}: load a codebook of those bits"
-            )
+        for layer in layers:
+            (key, value), held = config.specs(layer), self.config.specs(layer)
+            if (key, value) != held or config.rope != self.config.rope:
+                raise ValueError(
+                    f"the config asks for keys {key}, values {value}, rope {config.rope!r} in layer {layer}, but the "
+                    f"codebook holds {held[0]}, {held[1]}, {self.config.rope!r}: load a codebook of those bits"
+                )
         if missing := [i for i in layers if i not in self.tables]:
             raise ValueError(
                 f"the codebook has no tables for layer {missing[0]} (it has {len(self.tables)} layers); "
@@ -104,10 +109,9 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         A layer that gets a share of its kv heads (tensor parallelism, see `tensor_parallel`) gets their tables.
         """
 
-        key_spec, value_spec = config.vq_specs()
-
         def codec(layer: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
             key, value = self.tables[layer]
+            key_spec, value_spec = config.vq_specs(layer)
             sizes = (*key.mean.shape, value.mean.shape[1])
             try:
                 if sizes[1:] != (key_dim, value_dim):
@@ -164,7 +168,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
     def _save_pretrained(self, save_directory: Path) -> None:
         save_file(self._tensors(), save_directory / TABLES_FILE, metadata={"format": "pt"})
         data = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.config.layer_specs else 1,
             "model": self.model,
             "antkv": self.config.to_dict(),
             "layers": sorted(self.tables),
@@ -218,9 +222,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         book = AnTKVCodebook(self.config, self.tables, model, calibration, self.evaluation)
         if "/" not in repo_id:  # the card names the repo in full
             repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-        options.setdefault(
-            "commit_message", f"Codebook of {base_model}: keys {self.config.key}, values {self.config.value}"
-        )
+        options.setdefault("commit_message", f"Codebook of {base_model}: {self.config.describe_codec(self.tables)}")
         options.setdefault("model_card_kwargs", {"repo_id": repo_id})
         return ModelHubMixin.push_to_hub(book, repo_id, private=private, token=token, branch=branch, **options)
 
@@ -286,10 +288,10 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             version = data["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{config_path} is not the config.json of a codebook: {error!r}") from error
-        if version != FORMAT_VERSION:
+        if version not in _READS:
             raise ValueError(
-                f"{config_path}: format_version {version} is not known (this antkv-hf reads {FORMAT_VERSION}); "
-                "upgrade antkv-hf or calibrate again"
+                f"{config_path}: format_version {version} is not known (this antkv-hf reads "
+                f"{' and '.join(map(str, _READS))}); upgrade antkv-hf or calibrate again"
             )
         if unknown := sorted(set(data) - _CONFIG_FIELDS):
             raise ValueError(f"{config_path}: unknown field {unknown[0]!r}; the file was changed: download it again")

@@ -37,8 +37,8 @@ def card_content(codebook: AnTKVCodebook, repo_id: str | None = None) -> str:
         repo_id: where the codebook goes, for the usage; None for a folder.
     """
     model, config, made = codebook.model, codebook.config, codebook.calibration
-    assert config.key is not None and config.value is not None
-    bits = f"{config.key.bits_per_element:g}-bit keys, {config.value.bits_per_element:g}-bit values"
+    key_bits, value_bits = config.bits(codebook.tables)
+    bits = f"{key_bits:.3g}-bit keys, {value_bits:.3g}-bit values" + (" on average" if config.layer_specs else "")
     known = model["base_model"] if is_repo_id(model["base_model"]) else None  # the Hub refuses anything else
     metadata = ModelCardData(
         library_name="antkv-hf",
@@ -54,7 +54,7 @@ def card_content(codebook: AnTKVCodebook, repo_id: str | None = None) -> str:
         "",
         f"Vector-quantization tables for `antkv-hf` ({codebook.tables_bytes() / 1e6:.1f} MB): "
         f"{len(codebook.tables)} of {model['num_hidden_layers']} layers, {model['kv_heads']} kv heads of size "
-        f"{model['head_dim']}; keys `{config.key}`, values `{config.value}`, keys coded "
+        f"{model['head_dim']}; {config.describe_codec(codebook.tables)}, keys coded "
         f"{'before RoPE' if config.rope == 'pre' else 'as they come'}; "
         f"{config.anchors.fraction:.1%} {config.anchors.dtype} anchors by `{config.anchors.score}`, "
         f"{config.anchors.sinks} sinks, window {config.window}.",
@@ -64,7 +64,7 @@ def card_content(codebook: AnTKVCodebook, repo_id: str | None = None) -> str:
         "",
         "## How it was made",
         "",
-        *(f"- {name}: {value}" for name, value in made.items()),
+        *(f"- {name}: {summary(name, value)}" for name, value in made.items()),
         "",
         "## Measured",
         "",
@@ -73,6 +73,13 @@ def card_content(codebook: AnTKVCodebook, repo_id: str | None = None) -> str:
         else "Not evaluated yet: run `antkv evaluate`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def summary(name: str, value: Any) -> Any:
+    """What a card says of one entry of `AnTKVCodebook.calibration`: of sensitivity without the loss of every layer."""
+    if name != "sensitivity" or not isinstance(value, dict):
+        return value
+    return {k: v for k, v in value.items() if k not in ("layers", "key", "value")}
 
 
 def is_repo_id(name: str) -> bool:

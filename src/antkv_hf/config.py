@@ -3,156 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-CODE_BITS = (4, 6, 8, 10, 12)
+from .specs import (
+    BITS_TO_SPEC,
+    CODE_BITS,
+    SCALAR_BITS,
+    SCALAR_GROUPS,
+    ScalarSpec,
+    SpecPair,
+    VQSpec,
+    describe_layers,
+    parse_layer_bits,
+    parse_spec,
+    scalar_spec_for,
+    spec_for,
+)
+
+__all__ = [
+    "BITS_TO_SPEC",
+    "CODE_BITS",
+    "OTT",
+    "SCALAR_BITS",
+    "SCALAR_GROUPS",
+    "AnTKVConfig",
+    "AnchorConfig",
+    "ScalarSpec",
+    "VQSpec",
+    "parse_spec",
+]
+
 ANCHOR_DTYPES = ("int8", "float16")
 ROPE_MODES = ("pre", "none", "block")
-SCALAR_BITS, SCALAR_GROUPS = (2, 4), (32, 64, 128)
 OTT = "ott-"  # presets that need no codebook
 OUTLIERS, OUTLIER_POOL = 0.04, 256  # their outlier tokens: share of a chunk, and most that a kv head keeps
-
-
-@dataclass(frozen=True)
-class VQSpec:
-    """How one head vector becomes codes: sub-vectors, each the sum of `stages` centroids out of ``2**code_bits``.
-
-    One stage is product VQ, several are residual VQ inside each sub-vector (a group).
-
-    Args:
-        sub_dim: channels of a sub-vector; must divide head_dim.
-        code_bits: bits of one code, one of 4, 6, 8, 10, 12.
-        stages: residual stages, >= 1.
-
-    Raises:
-        ValueError: if a number is out of range; the message says which are allowed.
-    """
-
-    sub_dim: int = 8
-    code_bits: int = 8
-    stages: int = 1
-
-    def __post_init__(self) -> None:
-        if self.sub_dim < 1:
-            raise ValueError(f"sub_dim={self.sub_dim} must be at least 1: it is the number of channels in a sub-vector")
-        if self.code_bits not in CODE_BITS:
-            raise ValueError(f"code_bits={self.code_bits} does not exist; choose one of {CODE_BITS}")
-        if self.stages < 1:
-            raise ValueError(f"stages={self.stages} must be at least 1 (1 is product quantization, more is residual)")
-
-    @property
-    def bits_per_element(self) -> float:
-        """Bits of codes a cached element costs (anchors, window and tables not counted)."""
-        return self.code_bits * self.stages / self.sub_dim
-
-    @property
-    def centroids(self) -> int:
-        """Entries in one table."""
-        return 1 << self.code_bits
-
-    def groups(self, head_dim: int) -> int:
-        """Sub-vectors in a head vector; raises ValueError if `sub_dim` does not divide `head_dim`."""
-        if head_dim % self.sub_dim:
-            raise ValueError(
-                f"head_dim {head_dim} is not a multiple of sub_dim {self.sub_dim}; "
-                f"choose a spec whose sub_dim divides {head_dim}, e.g. d{math.gcd(head_dim, self.sub_dim)}b8"
-            )
-        return head_dim // self.sub_dim
-
-    def bytes_per_vector(self, head_dim: int) -> int:
-        """Bytes of packed codes a token and head take; a vector's codes are padded to whole bytes."""
-        return -(-self.groups(head_dim) * self.stages * self.code_bits // 8)
-
-    @classmethod
-    def parse(cls, text: str) -> VQSpec:
-        """Reads ``"d8b8"`` (sub_dim 8, 8-bit codes) or ``"d16b8s2"`` (two residual stages)."""
-        match = re.fullmatch(r"d(\d+)b(\d+)(?:s(\d+))?", text.strip())
-        if not match:
-            raise ValueError(
-                f"cannot read codec spec {text!r}; write it as d<sub_dim>b<code_bits>[s<stages>], e.g. d8b8"
-            )
-        return cls(int(match[1]), int(match[2]), int(match[3] or 1))
-
-    @classmethod
-    def for_bits(cls, bits: float | str) -> VQSpec:
-        """The preset spec for that many bits per element; raises ValueError for a rate that has none."""
-        key = f"{float(bits):g}" if not isinstance(bits, str) else bits.removesuffix("bit")
-        if key not in BITS_TO_SPEC:
-            raise ValueError(
-                f"{key} bits per element do not exist as a preset; choose one of {', '.join(BITS_TO_SPEC)} "
-                "or give a spec such as d8b8 (8-bit codes for 8 channels = 1 bit)"
-            )
-        return BITS_TO_SPEC[key]
-
-    def __str__(self) -> str:
-        return f"d{self.sub_dim}b{self.code_bits}" + (f"s{self.stages}" if self.stages > 1 else "")
-
-
-@dataclass(frozen=True)
-class ScalarSpec:
-    """Asymmetric scalar quantization, ``x = zero + scale * code``, which needs no codebook (KIVI, OTT).
-
-    Keys share a float16 scale and zero over `group` consecutive tokens of a channel, values over `group` channels of
-    a token (all of them in a smaller head).
-
-    Args:
-        bits: bits of a code, 2 or 4.
-        group: elements that share a scale and a zero, one of 32, 64, 128.
-
-    Raises:
-        ValueError: if a number is none of those.
-    """
-
-    bits: int = 2
-    group: int = 32
-
-    def __post_init__(self) -> None:
-        if self.bits not in SCALAR_BITS:
-            raise ValueError(f"{self.bits}-bit scalar codes do not exist; choose one of {SCALAR_BITS}")
-        if self.group not in SCALAR_GROUPS:
-            raise ValueError(f"group={self.group} does not exist; choose one of {SCALAR_GROUPS}")
-
-    @property
-    def bits_per_element(self) -> float:
-        """Bits a cached element costs with its share of scale and zero (anchors and window not counted)."""
-        return self.bits + 32 / self.group
-
-    @property
-    def levels(self) -> int:
-        return 1 << self.bits
-
-    def channel_groups(self, head_dim: int) -> int:
-        """Groups that the channels of one value make; the last may be smaller."""
-        return -(-head_dim // self.group)
-
-    def code_bytes(self, head_dim: int) -> int:
-        """Bytes of one vector's packed codes."""
-        return -(-head_dim * self.bits // 8)
-
-    @classmethod
-    def parse(cls, text: str) -> ScalarSpec:
-        """Reads ``"int2g32"``: 2-bit codes, groups of 32."""
-        match = re.fullmatch(r"int(\d+)g(\d+)", text.strip())
-        if not match:
-            raise ValueError(f"cannot read scalar spec {text!r}; write it as int<bits>g<group>, e.g. int2g32")
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"int{self.bits}g{self.group}"
-
-
-BITS_TO_SPEC = {
-    "4": VQSpec(2, 8),
-    "2": VQSpec(4, 8),
-    "1.25": VQSpec(8, 10),
-    "1": VQSpec(8, 8),
-    "0.75": VQSpec(32, 8, 3),
-    "0.5": VQSpec(16, 8),
-    "0.375": VQSpec(32, 12),
-}
 
 
 @dataclass(frozen=True)
@@ -212,6 +98,8 @@ class AnTKVConfig:
             spec's key group.
         rope: form in which keys are coded: ``pre`` (before RoPE), ``none`` (model without RoPE), ``block`` (reserved).
         skip_layers: layer indices left unquantized.
+        layer_specs: specs of single layers, ``{layer index: (key spec, value spec)}``, of the kind of `key` and
+            `value`, which all other layers have. `with_layer_bits` makes them from bits.
         backend: ``auto``, ``reference``, ``triton`` or ``cuda``; the environment variable ANTKV_BACKEND overrides it.
     """
 
@@ -223,6 +111,7 @@ class AnTKVConfig:
     rope: str = "pre"
     skip_layers: tuple[int, ...] = ()
     backend: str = "auto"
+    layer_specs: Mapping[int, SpecPair] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if (self.key is None) != (self.value is None):
@@ -239,11 +128,12 @@ class AnTKVConfig:
             )
         if self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} must be at least 1 token (default 128)")
-        if isinstance(self.key, ScalarSpec) and self.chunk % self.key.group:
-            raise ValueError(
-                f"chunk={self.chunk} is not a multiple of the {self.key.group} tokens whose keys share a scale: choose "
-                f"a multiple of {self.key.group}, or another group"
-            )
+        for key in (self.key, *(pair[0] for pair in self._checked_layer_specs())):
+            if isinstance(key, ScalarSpec) and self.chunk % key.group:
+                raise ValueError(
+                    f"chunk={self.chunk} is not a multiple of the {key.group} tokens whose keys share a scale: choose "
+                    f"a multiple of {key.group}, or another group"
+                )
         if self.rope not in ROPE_MODES:
             raise ValueError(f"rope mode {self.rope!r} is unknown; choose one of {ROPE_MODES}")
         if self.rope == "block":
@@ -251,17 +141,70 @@ class AnTKVConfig:
         if any(i < 0 for i in self.skip_layers):
             raise ValueError(f"skip_layers {self.skip_layers} holds a negative layer index; count layers from 0")
         object.__setattr__(self, "skip_layers", tuple(sorted(set(self.skip_layers))))
+        object.__setattr__(self, "layer_specs", dict(sorted(self.layer_specs.items())))
+
+    def _checked_layer_specs(self) -> Iterable[SpecPair]:
+        for layer, pair in self.layer_specs.items():
+            if not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"layer_specs names layer {layer!r}; count layers from 0")
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise ValueError(f"layer_specs of layer {layer} is {pair!r}; give a pair (key spec, value spec)")
+            if other := [spec for spec in pair if self.key is None or type(spec) is not type(self.key)]:
+                raise ValueError(
+                    f"layer_specs of layer {layer} holds {other[0]}, but the other layers have "
+                    f"{'the identity codec' if self.key is None else self.key}: all layers have specs of one kind"
+                )
+        return self.layer_specs.values()
 
     @property
     def is_identity(self) -> bool:
         return self.key is None
 
-    def vq_specs(self) -> tuple[VQSpec, VQSpec]:
-        """Specs of keys and values whose tables a codebook holds; raises ValueError for a codec without tables."""
-        if not isinstance(self.key, VQSpec) or not isinstance(self.value, VQSpec):
-            name = "the identity codec" if self.key is None else f"codec {self.key}"
+    def specs(self, layer: int) -> tuple[VQSpec | ScalarSpec | None, VQSpec | ScalarSpec | None]:
+        """Specs of one layer's keys and values; None for the identity codec."""
+        return self.layer_specs.get(layer, (self.key, self.value))  # type: ignore[arg-type]
+
+    def vq_specs(self, layer: int | None = None) -> tuple[VQSpec, VQSpec]:
+        """Specs of keys and values whose tables a codebook holds, of one layer or of those without specs of their own.
+
+        Raises:
+            ValueError: for a codec without tables.
+        """
+        key, value = (self.key, self.value) if layer is None else self.specs(layer)
+        if not isinstance(key, VQSpec) or not isinstance(value, VQSpec):
+            name = "the identity codec" if key is None else f"codec {key}"
             raise ValueError(f"{name} has no tables to learn or hold: choose e.g. AnTKVConfig.preset('1bit')")
-        return self.key, self.value
+        return key, value
+
+    def layer_codecs(self, layers: Iterable[int]) -> dict[int, SpecPair]:
+        """Specs of each of `layers`; empty for the identity codec."""
+        return {} if self.is_identity else {layer: self.specs(layer) for layer in layers}  # type: ignore[misc]
+
+    def bits(self, layers: Iterable[int]) -> tuple[float, float]:
+        """Bits of codes per element, of keys and of values, on average over `layers`; nan for the identity codec."""
+        pairs = self.layer_codecs(layers).values()
+        if not pairs:
+            return float("nan"), float("nan")
+        sums = [sum(spec.bits_per_element for spec in specs) for specs in zip(*pairs)]
+        return sums[0] / len(pairs), sums[1] / len(pairs)
+
+    @property
+    def codec_name(self) -> str:
+        """A short name: ``d8b8/d8b8`` (keys/values), ``mixed d16b8+d4b8`` (the specs there are), ``identity``."""
+        if not self.layer_specs:
+            return "identity" if self.is_identity else f"{self.key}/{self.value}"
+        specs = {spec for pair in self.layer_specs.values() for spec in pair}
+        return "mixed " + "+".join(map(str, sorted(specs, key=lambda spec: (spec.bits_per_element, str(spec)))))
+
+    def describe_codec(self, layers: Iterable[int]) -> str:
+        """Specs in words: ``keys d8b8, values d8b8``, or those of each run of `layers` (keys/values)."""
+        if not self.layer_specs:
+            return f"keys {self.key}, values {self.value}"
+        return f"layers (keys/values) {describe_layers(self.layer_codecs(layers))}"
+
+    def with_layer_bits(self, text: str) -> AnTKVConfig:
+        """With the bits of single layers, e.g. ``"0-9=0.5,10-24=2,25=1/2"``: see `specs.parse_layer_bits`."""
+        return self.replace(layer_specs=parse_layer_bits(text, isinstance(self.key, ScalarSpec)))
 
     @classmethod
     def preset(
@@ -289,7 +232,7 @@ class AnTKVConfig:
         """
         if name.startswith(OTT):
             bits = [name.removeprefix(OTT) if own is None else own for own in (key, value)]
-            scalar = [_scalar_spec(b, group, role) for b, role in zip(bits, ("key", "value"))]
+            scalar = [scalar_spec_for(b, group, role) for b, role in zip(bits, ("key", "value"))]
             anchors = AnchorConfig(fraction=OUTLIERS, max_tokens=OUTLIER_POOL)
             return cls(key=scalar[0], value=scalar[1], **{"anchors": anchors, **overrides})
         if group is not None:
@@ -297,13 +240,27 @@ class AnTKVConfig:
         if name == "identity":
             return cls(key=None, value=None, **{"anchors": AnchorConfig(score="none", sinks=0), **overrides})
         specs = [name if bits is None else bits for bits in (key, value)]
-        return cls(key=_spec(specs[0]), value=_spec(specs[1]), **overrides)
+        return cls(key=spec_for(specs[0]), value=spec_for(specs[1]), **overrides)
+
+    @classmethod
+    def fit(cls, model_config: Any, tokens: int, bytes: int | str, batch: int = 1, **options: Any) -> AnTKVConfig:
+        """The config of the most bits whose cache of `batch` times `tokens` fits into `bytes`; see `cache.budget.fit`.
+
+        Example:
+            >>> AnTKVConfig.fit(model.config, tokens=131072, bytes="2GB", among=["4bit", "2bit", "1bit"])
+        """
+        from .cache.budget import fit
+
+        return fit(model_config, tokens, bytes, batch, **options).config
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` reads it back."""
         out = dataclasses.asdict(self)
         out["key"], out["value"] = (None if spec is None else str(spec) for spec in (self.key, self.value))
         out["skip_layers"] = list(self.skip_layers)
+        out["layer_specs"] = {str(layer): [str(k), str(v)] for layer, (k, v) in self.layer_specs.items()}
+        if not self.layer_specs:  # what has none is read by earlier versions too
+            del out["layer_specs"]
         return out
 
     @classmethod
@@ -319,6 +276,8 @@ class AnTKVConfig:
             data["anchors"] = AnchorConfig(**data["anchors"])
         if "skip_layers" in data:
             data["skip_layers"] = tuple(data["skip_layers"])
+        if "layer_specs" in data:
+            data["layer_specs"] = _layer_specs(data["layer_specs"])
         return cls(**data)
 
     def replace(self, **changes: Any) -> AnTKVConfig:
@@ -331,27 +290,22 @@ class AnTKVConfig:
         return dataclasses.replace(self, **changes)
 
 
+def _layer_specs(data: Any) -> dict[int, SpecPair]:
+    """`layer_specs` as `AnTKVConfig.to_dict` writes it; ValueError for anything else."""
+    if not isinstance(data, dict):
+        raise ValueError(f"layer_specs is {data!r}: give an object {{layer: [key spec, value spec]}}")
+    found: dict[int, SpecPair] = {}
+    for layer, pair in data.items():
+        strings = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(spec, str) for spec in pair)
+        if not strings or not str(layer).isdecimal():
+            raise ValueError(
+                f"layer_specs holds {layer!r}: {pair!r}; write a layer's number and [key spec, value spec]"
+            )
+        found[int(layer)] = parse_spec(pair[0]), parse_spec(pair[1])
+    return found
+
+
 def _check_fields(cls: type, given: dict[str, Any]) -> None:
     known = sorted(f.name for f in dataclasses.fields(cls))
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(f"unknown config field {unknown[0]!r}; known fields are {', '.join(known)}")
-
-
-def parse_spec(text: str) -> VQSpec | ScalarSpec:
-    """Reads a spec of either kind, as `str` writes it."""
-    return ScalarSpec.parse(text) if text.strip().startswith("int") else VQSpec.parse(text)
-
-
-def _spec(bits: float | str) -> VQSpec:
-    return VQSpec.parse(bits) if isinstance(bits, str) and bits.startswith("d") else VQSpec.for_bits(bits)
-
-
-def _scalar_spec(bits: float | str, group: int | None, role: str) -> ScalarSpec:
-    text = bits.removesuffix("bit") if isinstance(bits, str) else f"{bits:g}"
-    if text.startswith("int"):
-        return ScalarSpec.parse(text)
-    if text not in map(str, SCALAR_BITS):
-        raise ValueError(f"{text} bits do not exist without a codebook; choose ott-2bit or ott-4bit")
-    if group is None:
-        group = 32 if (text, role) == ("2", "key") else 64
-    return ScalarSpec(int(text), group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..codecs import CodecForDevice, IdentityCodec, LayerCodec, scalar_codecs
 from ..config import AnTKVConfig, ScalarSpec
 from ..static_storage import size_obstacle
 from ..tensor_parallel import check_heads, tp_size
-from . import interface, persistence
+from . import budget, interface, persistence
 from .footprint import MemoryFootprint
 from .layer import AnTKVLayer, LayerPlan, layers_kept_as_they_are, quantizable_layers
 from .model_rotary import model_rotary
@@ -128,6 +129,26 @@ class AnTKVCache(Cache):
             model.set_attn_implementation(interface.NAME)
         return cache
 
+    @classmethod
+    def fit(
+        cls, model: PreTrainedModel, tokens: int, bytes: int | str, batch: int = 1,
+        among: Iterable[str | AnTKVConfig] | None = None, **options: Any,
+    ) -> AnTKVCache:  # fmt: skip
+        """A fresh cache of the most bits with which `batch` times `tokens` fit into `bytes` (``"2GB"``, ``"1.5GiB"``).
+
+        Args:
+            among: codebooks, or presets that need none; by default the shipped codebooks of this model and
+                ``"ott-4bit"``, ``"ott-2bit"``. options: as in `AnTKVCache`, e.g. ``on_new_prompt``.
+
+        Raises:
+            ValueError: none fits: the message names the bytes that are missing, and the tokens that would fit.
+        """
+        found = budget.fit(model.config, tokens, bytes, batch, among, model.dtype)
+        if isinstance(found.config.key, ScalarSpec):
+            model.set_attn_implementation(interface.NAME)
+            return cls(model.config, found.config, **options)
+        return cls.from_pretrained(found.name, model, **options)
+
     def fork(self) -> AnTKVCache:
         """A second cache that goes on from here on its own: one long document, many questions.
 
@@ -188,10 +209,16 @@ class AnTKVCache(Cache):
 
     @property
     def backend(self) -> str:
-        """Backend in use; before the first update, the one that a CPU would get."""
+        """Backend in use in the first quantized layer; before the first update, the one that a CPU would get."""
         if self._first.storage is not None:
             return self._first.storage.backend.name
         return select_backend(self.antkv_config.backend, torch.device("cpu"))
+
+    @property
+    def backends(self) -> dict[int, str]:
+        """Backend of each quantized layer that has been filled, by layer: where specs differ, kernels may."""
+        filled = {layer.plan.layer_idx: layer.storage for layer in self.quantized_layers}
+        return {index: storage.backend.name for index, storage in filled.items() if storage is not None}
 
     def memory_footprint(self) -> MemoryFootprint:
         """Bytes that the cache takes, all counted, and bits per element; see `MemoryFootprint`.
@@ -327,10 +354,11 @@ def _layers(
             f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kept}): only those of full "
             "attention over all past tokens are. Use DynamicCache for this model."
         )
-    if beyond := [i for i in config.skip_layers if i >= len(layers)]:
-        raise ValueError(
-            f"skip_layers names layer {beyond[0]}, but the model has {len(layers)} layers (0 to {len(layers) - 1})"
-        )
+    for name in ("skip_layers", "layer_specs"):
+        if beyond := [i for i in getattr(config, name) if i >= len(layers)]:
+            raise ValueError(
+                f"{name} names layer {beyond[0]}, but the model has {len(layers)} layers (0 to {len(layers) - 1})"
+            )
     if len(layers) - len(plain) > len(config.skip_layers):
         warnings.warn(
             f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers of {text.model_type}, those of full attention; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..cache.layer import quantizable_layers
 from ..cache.model_rotary import model_rotary
-from ..config import AnTKVConfig
+from ..config import AnTKVConfig, VQSpec
 from ..rotary import Rotary
 from ..tensor_parallel import tp_size
 
@@ -54,28 +55,27 @@ def layers_to_learn(model: PreTrainedModel, config: AnTKVConfig) -> dict[int, Ro
 
 
 def check_sizes(
-    config: AnTKVConfig,
+    wanted: Sequence[tuple[int, str, VQSpec]],
     described: dict[str, Any],
     rotary: dict[int, Rotary | None],
     tokens: int,
     window: int,
     samples: int,
 ) -> None:
-    """Raises ValueError if head sizes, tokens or samples do not suffice for the specs."""
-    key, value = config.vq_specs()
-    key.groups(described["head_dim"])
-    value.groups(described["value_dim"])
-    if key.sub_dim % 2 and any(rotary.values()):
-        raise ValueError(
-            f"key spec {key} has an odd sub_dim {key.sub_dim}, but both channels of a RoPE pair must "
-            "stay in one sub-vector: choose an even one"
-        )
+    """Raises ValueError if head sizes, tokens or samples do not suffice for the tables `wanted`: layer, role, spec."""
+    for layer, role, spec in wanted:
+        spec.groups(described["head_dim" if role == "key" else "value_dim"])
+        if role == "key" and spec.sub_dim % 2 and rotary[layer] is not None:
+            raise ValueError(
+                f"key spec {spec} has an odd sub_dim {spec.sub_dim}, but both channels of a RoPE pair must "
+                "stay in one sub-vector: choose an even one"
+            )
     if window < 2:
         raise ValueError(f"window={window} must be at least 2 tokens")
     if tokens < window:
         raise ValueError(f"tokens={tokens} is less than one window of {window} tokens: raise tokens, or lower window")
     available = min(samples, tokens // window * window)
-    for role, spec in (("key", key), ("value", value)):
+    for _, role, spec in wanted:
         if available < spec.centroids:
             raise ValueError(
                 f"{available} samples (samples={samples}, tokens={tokens}) are fewer than the {spec.centroids} "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
@@ -19,15 +19,18 @@ from transformers import PreTrainedModel
 
 from ..codebook import AnTKVCodebook, describe_model
 from ..codecs import VQTables
-from ..config import AnTKVConfig
+from ..config import AnTKVConfig, VQSpec
 from ..rotary import Rotary
 from ..texts import TextMix, mix_windows
 from .checks import check_model, check_sizes, layers_to_learn
 from .intercept import frozen_for_statistics
 from .processes import Processes
+from .sensitivity import ROLES, Mixed, measured, search
 from .statistics import LayerStatistics, window_statistics
 from .tables import learn_tables
 from .work_folder import WorkFolder, check_shared, digest
+
+Wanted = tuple[int, str, VQSpec]  # tables: layer, role, spec
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def calibrate(
     batch_size: int = 1,
     sources: Sequence[str] | None = None,
     license: str | None = None,
+    mixed: Mixed | None = None,
 ) -> AnTKVCodebook:
     """Learns a codebook: tables of every full-attention layer, fitted to the model's own keys, values and gradients.
 
@@ -96,6 +100,9 @@ def calibrate(
         iterations: rounds of k-means.
         batch_size: windows in a pass.
         sources: what the card says about the texts, instead of their names. license: of the codebook, for its card.
+        mixed: spread so many bits over the layers by measured sensitivity, instead of the specs of `config`: tables of
+            all candidates are learned, each is tried alone in a forward of each window (layers * 2 * candidates
+            forwards a window), and ``codebook.calibration["sensitivity"]`` says what was found.
 
     Returns:
         The codebook, with relative errors of keys and values in ``codebook.calibration["relative_error"]``: those of
@@ -116,7 +123,7 @@ def calibrate(
     check_model(model)
     rotary = layers_to_learn(model, config)
     described = describe_model(model.config.get_text_config(decoder=True), base_model)
-    check_sizes(config, described, rotary, tokens, window, samples)
+    check_sizes(_wanted(config, mixed, rotary), described, rotary, tokens, window, samples)
     windows = mix_windows(tokenizer, mix, window, tokens // window, seed)
     plan = _Plan(described, rotary, windows, _sampled_positions(len(windows), window, samples, seed))
     with ExitStack() as stack:
@@ -125,7 +132,7 @@ def calibrate(
             work_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="antkv-calibration-"))
         place = Path(processes.agreed(str(work_dir)))
         settings = _settings(model, config, plan, seed)
-        learning = {"key": str(config.key), "value": str(config.value), "iterations": iterations, "seed": seed}
+        learning = {"iterations": iterations, "seed": seed}
         if processes.rank == 0:
             folder = WorkFolder(place, settings, learning)
         processes.wait()
@@ -133,7 +140,19 @@ def calibrate(
             check_shared(place, processes.rank)
             folder = WorkFolder(place, settings, learning)
         _collect(model, plan, folder, batch_size, progress, processes)
-        tables, errors = _learn(config, plan, folder, model.device, iterations, seed, progress, processes)
+        wanted = _wanted(config, mixed, rotary)
+        _learn(wanted, plan, folder, model.device, iterations, seed, progress, processes)
+        sensitivity = None
+        if mixed is not None:
+            with frozen_for_statistics(model):
+                config, sensitivity = search(
+                    model, mixed, config, described, rotary, windows, folder, progress, processes
+                )
+        tables, errors = _tables(config, rotary, folder)
+        if mixed is not None and sensitivity is not None:
+            with frozen_for_statistics(model):
+                book = AnTKVCodebook(config, tables, described)
+                sensitivity["measured"] = measured(model, mixed, book, windows, folder)
         processes.wait()  # until all have read the tables
     made = {
         "sources": list(sources) if sources is not None else mix.describe(),
@@ -146,6 +165,8 @@ def calibrate(
         "date": date.today().isoformat(),
         "versions": {"antkv-hf": _version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
+    if sensitivity is not None:
+        made["sensitivity"] = sensitivity
     if license is not None:
         made["license"] = license
     if (commit := getattr(model.config, "_commit_hash", None)) is not None:
@@ -228,8 +249,15 @@ def _check_shapes(layers: dict[int, LayerStatistics], described: dict[str, Any])
             )
 
 
+def _wanted(config: AnTKVConfig, mixed: Mixed | None, layers: Iterable[int]) -> list[Wanted]:
+    """Tables to learn: layer, role and spec."""
+    if mixed is None:
+        return [(layer, role, spec) for layer in sorted(layers) for role, spec in zip(ROLES, config.vq_specs(layer))]
+    return [(layer, role, spec) for layer in sorted(layers) for spec in mixed.specs for role in ROLES]
+
+
 def _learn(
-    config: AnTKVConfig,
+    wanted: list[Wanted],
     plan: _Plan,
     folder: WorkFolder,
     device: torch.device,
@@ -237,30 +265,34 @@ def _learn(
     seed: int,
     progress: bool,
     processes: Processes,
-) -> tuple[dict[int, tuple[VQTables, VQTables]], dict[str, float]]:
-    """Tables by layer, finished ones from the folder, and the mean relative errors of keys and values."""
-    key_spec, value_spec = config.vq_specs()
-    missing = [layer for layer in sorted(plan.rotary) if not folder.has_tables(layer)]
+) -> None:
+    """Makes the tables that the folder has not; together with the other processes."""
+    missing = [item for item in wanted if not folder.has_tables(*item)]
     processes.wait()  # until all have seen what is missing
     own = processes.share(missing)
-    for layer in (bar := tqdm(own, desc="tables", unit="layer", disable=not progress or processes.rank > 0)):
-        learned = []
-        for spec, name, rotary in ((key_spec, "key", plan.rotary[layer]), (value_spec, "value", None)):
-            fields = (name, f"{name}_grad", "exclude")
-            x, gradients, exclude = folder.read(fields, layer, len(plan.windows), device)
-            # Distinct seeds: stages of a table add up to 1,000, layers and roles step over them.
-            own_seed = seed + 2000 * layer + (1000 if name == "value" else 0)
-            learned.append(learn_tables(spec, x, gradients, exclude, rotary, iterations, own_seed))
-        (key, key_error), (value, value_error) = learned
-        folder.save_tables(layer, key, value, (key_error, value_error))
-        bar.set_postfix(key_error=f"{key_error:.3f}", value_error=f"{value_error:.3f}")
+    for layer, role, spec in (bar := tqdm(own, desc="tables", disable=not progress or processes.rank > 0)):
+        x, gradients, exclude = folder.read((role, f"{role}_grad", "exclude"), layer, len(plan.windows), device)
+        rotary = plan.rotary[layer] if role == "key" else None
+        # Distinct seeds: stages of a table add up to 1,000, layers and roles step over them.
+        own_seed = seed + 2000 * layer + (1000 if role == "value" else 0)
+        tables, error = learn_tables(spec, x, gradients, exclude, rotary, iterations, own_seed)
+        folder.save_tables(layer, role, spec, tables, error)
+        bar.set_postfix({f"{role}_error": f"{error:.3f}"})
     processes.wait()
+
+
+def _tables(
+    config: AnTKVConfig, layers: Iterable[int], folder: WorkFolder
+) -> tuple[dict[int, tuple[VQTables, VQTables]], dict[str, float]]:
+    """Tables by layer, and the mean relative errors of keys and values."""
     tables: dict[int, tuple[VQTables, VQTables]] = {}
     errors = []
-    for layer in sorted(plan.rotary):
-        key, value, found = folder.read_tables(layer)
+    for layer in sorted(layers):
+        (key, key_error), (value, value_error) = (
+            folder.read_tables(layer, role, spec) for role, spec in zip(ROLES, config.vq_specs(layer))
+        )
         tables[layer] = (key, value)
-        errors.append(found)
+        errors.append((key_error, value_error))
     means = torch.tensor(errors).mean(0).tolist()
     return tables, {"key": round(means[0], 4), "value": round(means[1], 4)}
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..codecs import VQTables
+from ..config import VQSpec
 from .statistics import LayerStatistics
 
 _GRADIENTS = ("key_grad", "value_grad")
@@ -26,7 +27,8 @@ def digest(settings: dict[str, Any]) -> str:
 
 
 class WorkFolder:
-    """``manifest.json``, ``windows/<i>.safetensors`` and ``tables-<hash>/<layer>.safetensors``.
+    """``manifest.json``, ``windows/<i>.safetensors``, ``tables-<hash>/<layer>-<role>-<spec>.safetensors`` and
+    ``sensitivity-<hash>/<layer>.json``.
 
     Every file appears by `os.replace`, so what exists is complete; each carries the hash of its run's settings. Tables
     of several specs can be learned from the same statistics.
@@ -34,7 +36,7 @@ class WorkFolder:
     Args:
         path: the folder, made if missing.
         settings: all that decides the statistics, JSON-ready.
-        table_settings: all that decides the tables besides.
+        table_settings: all that decides the tables besides, but for their specs.
 
     Raises:
         ValueError: the folder holds a run of other settings; the message names the first that differs.
@@ -51,9 +53,7 @@ class WorkFolder:
         self._tables.mkdir(exist_ok=True)
         if known:
             return
-        part = manifest.with_name("manifest.json.part")
-        part.write_text(json.dumps({"hash": self.hash, "settings": settings}, indent=2) + "\n", encoding="utf-8")
-        os.replace(part, manifest)
+        save_json({"hash": self.hash, "settings": settings}, manifest)
 
     @staticmethod
     def _compare(manifest: Path, settings: dict[str, Any]) -> None:
@@ -96,23 +96,26 @@ class WorkFolder:
         return [torch.cat(part, 1) for part in parts]
 
     # ---------------------------------------------------------------- tables
-    def has_tables(self, layer: int) -> bool:
-        return _is_valid(self._tables_file(layer), self.table_hash)
+    def has_tables(self, layer: int, role: str, spec: VQSpec) -> bool:
+        return _is_valid(self._tables_file(layer, role, spec), self.table_hash)
 
-    def save_tables(self, layer: int, key: VQTables, value: VQTables, errors: tuple[float, float]) -> None:
-        roles = {"key": key, "value": value}
-        tensors = {f"{role}.{n}": t.contiguous() for role, tables in roles.items() for n, t in tables.tensors().items()}
-        _save(tensors, self._tables_file(layer), {"hash": self.table_hash, "errors": json.dumps(errors)})
+    def save_tables(self, layer: int, role: str, spec: VQSpec, tables: VQTables, error: float) -> None:
+        tensors = {name: t.contiguous() for name, t in tables.tensors().items()}
+        metadata = {"hash": self.table_hash, "error": json.dumps(error)}
+        _save(tensors, self._tables_file(layer, role, spec), metadata)
 
-    def read_tables(self, layer: int) -> tuple[VQTables, VQTables, tuple[float, float]]:
-        """Key tables, value tables, and their relative weighted errors."""
-        with safe_open(self._tables_file(layer), "pt") as file:
-            parts: dict[str, dict[str, torch.Tensor]] = {"key": {}, "value": {}}
-            for name in file.keys():  # noqa: SIM118 (no dict)
-                role, field = name.split(".")
-                parts[role][field] = file.get_tensor(name)
-            key_error, value_error = json.loads(file.metadata()["errors"])
-        return VQTables(**parts["key"]), VQTables(**parts["value"]), (key_error, value_error)
+    def read_tables(self, layer: int, role: str, spec: VQSpec) -> tuple[VQTables, float]:
+        """Tables of a layer's keys or values, and their relative weighted error."""
+        with safe_open(self._tables_file(layer, role, spec), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+            return VQTables(**tensors), json.loads(file.metadata()["error"])
+
+    # ---------------------------------------------------------------- sensitivity
+    def costs_file(self, settings: dict[str, Any], layer: int) -> Path:
+        """Where a layer's losses, measured with `settings`, are kept."""
+        folder = self.path / f"sensitivity-{digest({**settings, 'tables': self.table_hash})}"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{layer:04d}.json"
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -120,8 +123,8 @@ class WorkFolder:
     def _window(self, index: int) -> Path:
         return self._windows / f"{index:06d}.safetensors"
 
-    def _tables_file(self, layer: int) -> Path:
-        return self._tables / f"{layer:04d}.safetensors"
+    def _tables_file(self, layer: int, role: str, spec: VQSpec) -> Path:
+        return self._tables / f"{layer:04d}-{role}-{spec}.safetensors"
 
 
 def check_shared(path: Path, rank: int) -> None:
@@ -142,6 +145,13 @@ def to_half(x: torch.Tensor) -> torch.Tensor:
 def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     part = path.with_suffix(".part")
     save_file(tensors, part, metadata={"format": "pt", **metadata})
+    os.replace(part, path)
+
+
+def save_json(data: Any, path: Path) -> None:
+    """Writes JSON that appears by a rename."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 

@@ -105,11 +105,11 @@ CodecForDevice = Callable[[int, torch.device, int, int, int], LayerCodec]
 
 def scalar_codecs(config: AnTKVConfig, rotary: list[Rotary | None]) -> CodecForDevice:
     """A function that gives a layer's codec on a device, as `AnTKVCodebook.codec_factory` does; needs no codebook."""
-    key_spec, value_spec = config.key, config.value
-    assert isinstance(key_spec, ScalarSpec) and isinstance(value_spec, ScalarSpec)
     placed: dict[tuple, Rotary] = {}
 
     def codec(layer: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
+        key_spec, value_spec = config.specs(layer)
+        assert isinstance(key_spec, ScalarSpec) and isinstance(value_spec, ScalarSpec)
         turn = rotary[layer] if config.rope == "pre" else None
         if turn is not None:  # one object, so one angle table, for all layers
             form = (device, tuple(turn.inv_freq.tolist()), turn.interleaved, turn.scaling)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from ..attention.backends import select_backend
 from ..cache.cache import AnTKVCache
 from ..cache.persistence import FORMAT_VERSION, read_cache_file
 from ..codebook import AnTKVCodebook, describe_model
-from ..codebook_card import measured_table
-from ..config import BITS_TO_SPEC, OTT, SCALAR_BITS, AnTKVConfig, ScalarSpec, VQSpec
+from ..codebook_card import measured_table, summary
+from ..codecs import LayerCodec
+from ..config import BITS_TO_SPEC, OTT, SCALAR_BITS, AnTKVConfig
 
 _KINDS = {  # buffer of a saved layer -> name in `MemoryFootprint`
     "key_codes": "codes", "value_codes": "codes", "tail_keys": "window", "tail_values": "window",
@@ -31,8 +34,8 @@ def inspect_codebook(place: str, model: str | None = None, revision: str | None 
     """
     codebook = AnTKVCodebook.from_pretrained(place, revision=revision)
     config, facts = codebook.config, codebook.model
-    assert config.key is not None and config.value is not None
     cache = AnTKVCache(model_config(model) if model is not None else codebook.model_config(), codebook=codebook)
+    key_bits, value_bits = config.bits(codebook.tables)
     return {
         "codebook": place,
         "revision": None if Path(place).is_dir() else (codebook.source or {}).get("revision"),
@@ -43,11 +46,11 @@ def inspect_codebook(place: str, model: str | None = None, revision: str | None 
         "quantized_layers": len(cache.quantized_layers),
         "config": config.to_dict(),
         "bits": {
-            "keys": config.key.bits_per_element,
-            "values": config.value.bits_per_element,
-            "with_anchors": round(_bits_with_anchors(config, facts), 3),
+            "keys": round(key_bits, 4),
+            "values": round(value_bits, 4),
+            "with_anchors": round(_bits_with_anchors(config, facts, codebook.tables), 3),
         },
-        "layer_tables": [_layer_tables(codebook, layer) for layer in sorted(codebook.tables)],
+        "layer_tables": _layer_tables(codebook, cache),
         "table_bytes": codebook.tables_bytes(),
         "backends": _backends(config.backend),
         "calibration": codebook.calibration,
@@ -55,14 +58,43 @@ def inspect_codebook(place: str, model: str | None = None, revision: str | None 
     }
 
 
-def _layer_tables(codebook: AnTKVCodebook, layer: int) -> dict[str, Any]:
-    """Specs, bases and bytes of one layer's tables."""
-    row: dict[str, Any] = {"layer": layer, "table_bytes": 0}
-    for role, tables in zip(("key", "value"), codebook.tables[layer]):
-        row[f"{role}_spec"] = str(getattr(codebook.config, role))
-        row[f"{role}_basis"] = "dense" if tables.permutation is None else "permutation"
-        row["table_bytes"] += sum(t.numel() * t.element_size() for t in tables.tensors().values())
-    return row
+def _layer_tables(codebook: AnTKVCodebook, cache: AnTKVCache) -> list[dict[str, Any]]:
+    """Specs, bases and bytes of each layer's tables, and the fastest backend with kernels for them."""
+    plans = {layer.plan.layer_idx: layer.plan for layer in cache.quantized_layers}
+    sizes = [codebook.model[name] for name in ("kv_heads", "head_dim", "value_dim")]
+    known: dict[tuple, str] = {}
+    rows = []
+    for layer, pair in sorted(codebook.tables.items()):
+        row: dict[str, Any] = {"layer": layer, "table_bytes": 0}
+        for role, tables, spec in zip(("key", "value"), pair, codebook.config.specs(layer)):
+            row[f"{role}_spec"] = str(spec)
+            row[f"{role}_basis"] = "dense" if tables.permutation is None else "permutation"
+            row["table_bytes"] += sum(t.numel() * t.element_size() for t in tables.tensors().values())
+        form = tuple(value for name, value in row.items() if name not in ("layer", "table_bytes"))
+        if layer in plans:
+            if form not in known:
+                known[form] = fastest_kernels(plans[layer].codec(torch.device("cpu"), *sizes))
+            row["kernels"] = known[form]
+        rows.append(row)
+    return rows
+
+
+def fastest_kernels(codec: LayerCodec) -> str:
+    """The fastest backend that has kernels for a layer's codes, on a GPU that it runs on and in a 16-bit model."""
+    if importlib.util.find_spec("triton") is None:
+        return "unknown: Triton is not installed"
+    from antkv.cuda_decode import find_shape
+
+    from ..attention.tables import UnsupportedTables, layer_tables
+
+    try:
+        tables = layer_tables(codec, torch.float16)
+        find_shape(*tables, 1, softcap=False)
+    except UnsupportedTables:
+        return "none"
+    except ValueError:
+        return "triton"
+    return "cuda"
 
 
 def inspect_model(name: str) -> dict[str, Any]:
@@ -77,7 +109,7 @@ def inspect_model(name: str) -> dict[str, Any]:
         row: dict[str, Any] = {"bits": float(bits), "spec": str(spec)}
         try:
             row["table_bytes"] = (
-                layers * facts["kv_heads"] * sum(_table_bytes(spec, facts[name]) for name in ("head_dim", "value_dim"))
+                layers * facts["kv_heads"] * sum(spec.table_bytes(facts[name]) for name in ("head_dim", "value_dim"))
             )
             row["bytes_per_token"] = round(elements * _bits_with_anchors(AnTKVConfig(spec, spec), facts) / 8, 1)
         except ValueError as error:
@@ -131,12 +163,13 @@ def format_cache(found: dict[str, Any]) -> str:
     model, book, config = found["model"], found["codebook"], found["config"]
     made = "none needed" if book is None else f"{book['name_or_path'] or 'in memory'}, sha256 {book['sha256'][:12]}"
     tail = found["tokens"] - found["coded_tokens"]
+    codec = "specs by layer" if config.get("layer_specs") else f"keys {config['key']}, values {config['value']}"
     lines = [
         f"Cache of {model['base_model']} ({model['model_type']}): {found['quantized_layers']} of "
         f"{model['num_hidden_layers']} layers quantized",
         f"  tokens      {found['batch']} x {found['tokens']:,}: {found['coded_tokens']:,} coded, {tail:,} exact",
         f"  codebook    {made}",
-        f"  config      keys {config['key']}, values {config['value']}, window {config['window']}",
+        f"  config      {codec}, window {config['window']}",
         "  bytes       " + ", ".join(f"{kind} {size:,}" for kind, size in found["tensor_bytes"].items()),
         f"  file        {found['file_bytes']:,} bytes, hash verified; written by antkv-hf {found['library_version']}",
     ]
@@ -176,7 +209,7 @@ def format_inspection(found: dict[str, Any]) -> str:
         note = "Bytes count codes, 2% int8 anchors and their positions; the exact window comes on top."
         return "\n".join([*lines, "", note])
     config, bits = found["config"], found["bits"]
-    anchors = config["anchors"]
+    anchors, mixed = config["anchors"], config.get("layer_specs")
     form = "before RoPE" if config["rope"] == "pre" else "as they come"
     commit = f" at commit {found['revision']}" if found["revision"] else ""
     lines = [
@@ -184,8 +217,8 @@ def format_inspection(found: dict[str, Any]) -> str:
         f"  from        {found['codebook']}{commit}",
         f"  sha256      {found['sha256']}, of the tables",
         *([f"  fits        {found['fits']}"] if found["fits"] else []),
-        f"  keys        {config['key']}, {bits['keys']:g} bits; coded {form}",
-        f"  values      {config['value']}, {bits['values']:g} bits",
+        f"  keys        {'by layer' if mixed else config['key']}, {bits['keys']:g} bits; coded {form}",
+        f"  values      {'by layer' if mixed else config['value']}, {bits['values']:g} bits",
         f"  anchors     {anchors['fraction']:.1%} {anchors['dtype']} by {anchors['score']}, {anchors['sinks']} sinks",
         f"  in all      about {bits['with_anchors']:g} bits an element, past the exact window of {config['window']}",
         f"  tables      {found['table_bytes']:,} bytes",
@@ -195,7 +228,9 @@ def format_inspection(found: dict[str, Any]) -> str:
     if config["skip_layers"]:
         lines.append(f"  skipped     layers {', '.join(map(str, config['skip_layers']))}")
     lines.append("calibration" if found["calibration"] else "calibration: not recorded")
-    lines += [f"  {name.replace('_', ' '):<16}{_plain(value)}" for name, value in found["calibration"].items()]
+    lines += [
+        f"  {name.replace('_', ' '):<16}{_plain(summary(name, value))}" for name, value in found["calibration"].items()
+    ]
     lines.append("evaluation" if found["evaluation"] else "evaluation: none yet; run antkv evaluate ... --save")
     if found["evaluation"]:
         lines += [f"  {line}" for line in measured_table(found["evaluation"], "text").splitlines()]
@@ -204,6 +239,10 @@ def format_inspection(found: dict[str, Any]) -> str:
 
 def _runs_of_layers(rows: list[dict[str, Any]]) -> list[str]:
     """One line for each run of neighbouring layers with the same specs, bases and bytes."""
+
+    def kernels(row: dict[str, Any]) -> str:
+        return f"; kernels: {row['kernels']}" if "kernels" in row else ""
+
     lines, first = [], 0
     for i, row in enumerate(rows):
         following = rows[i + 1] if i + 1 < len(rows) else {}
@@ -213,7 +252,7 @@ def _runs_of_layers(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(
             (f"layer {last}" if start == last else f"layers {start}-{last}, each")
             + f": keys {row['key_spec']} in a {row['key_basis']} basis, values {row['value_spec']} in a "
-            f"{row['value_basis']} basis, {row['table_bytes']:,} bytes"
+            f"{row['value_basis']} basis, {row['table_bytes']:,} bytes" + kernels(row)
         )
         first = i + 1
     return lines
@@ -236,24 +275,16 @@ def _backends(requested: str) -> dict[str, str]:
     return chosen
 
 
-def _bits_with_anchors(config: AnTKVConfig, facts: dict[str, Any]) -> float:
-    """Expected bits an element: codes, and anchors with scales and positions (sinks are a constant, left out)."""
+def _bits_with_anchors(config: AnTKVConfig, facts: dict[str, Any], layers: Iterable[int] = (-1,)) -> float:
+    """Expected bits an element: codes (on average over `layers`; by default those without specs of their own), and
+    anchors with scales and positions (sinks are a constant, left out)."""
     from ..anchors import anchors_per_chunk
 
     key, value = facts["head_dim"], facts["value_dim"]
-    codes: float
-    if isinstance(config.key, ScalarSpec) and isinstance(config.value, ScalarSpec):
-        shared = 4 * (key / config.key.group + config.value.channel_groups(value))  # scales and zeros, a token's share
-        codes = config.key.code_bytes(key) + config.value.code_bytes(value) + shared
-    else:
-        codes = sum(spec.bytes_per_vector(dim) for spec, dim in zip(config.vq_specs(), (key, value)))
+    pairs = config.layer_codecs(layers).values()
+    codes = sum(pair[0].key_bytes(key) + pair[1].value_bytes(value) for pair in pairs) / len(pairs)
     anchor = (key + value + 4 if config.anchors.dtype == "int8" else 2 * (key + value)) + 4
     anchor += 4 if config.anchors.max_tokens else 0  # its score
     bitmap = 1 / 8 if config.anchors.enabled or config.anchors.sinks else 0.0  # which tokens are exact
     share = anchors_per_chunk(config.anchors.fraction, config.chunk) / config.chunk if config.anchors.enabled else 0.0
     return 8 * (codes + bitmap + share * anchor) / (key + value)
-
-
-def _table_bytes(spec: VQSpec, head_dim: int) -> int:
-    """float16 centroids of one kv head."""
-    return 2 * spec.groups(head_dim) * spec.stages * spec.centroids * spec.sub_dim

@@ -142,7 +142,7 @@ def evaluate(
             here = config.replace(window=protocol.window) if protocol.window else config
             make = partial(AnTKVCache, model.config, here, codebook)
             bits = real_bits(model, ids[:1], make)
-            method = "identity" if here.is_identity else f"{here.key}/{here.value}"
+            method = here.codec_name
             if protocol.one_shot:
                 with ProtocolEvaluator(model, protocol, here, codebook).active():
                     measure(method, protocol.name, bits, _one_shot(model, last))

@@ -1,0 +1,297 @@
+"""Bits where they count: what each layer's keys and values lose at each rate, and the spread that loses least.
+
+The loss of a spec in one place (a layer's keys, or its values) is the mean KL(plain logits || logits) of a token while
+nothing else is quantized, under a one-shot protocol of `evaluation.protocols` with anchors and sinks as in use. Losses
+of several places are taken to add up; what the spread really loses is measured in the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..anchors import get_score
+from ..cache.layer import LayerPlan
+from ..codebook import AnTKVCodebook
+from ..codecs import IdentityCodec, LayerCodec, VectorQuantizer, VQTables
+from ..config import AnTKVConfig
+from ..evaluation.protocols import Protocol, ProtocolEvaluator
+from ..rotary import Rotary
+from ..specs import VQSpec, spec_for
+from .processes import Processes
+from .work_folder import WorkFolder, save_json
+
+ROLES = ("key", "value")
+_LOGIT_ROWS = 256  # rows of logits compared at a time
+Place = tuple[int, str]  # layer, role
+Costs = dict[Place, dict[VQSpec, float]]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """How to spread bits over layers.
+
+    Args:
+        bits: bits of codes per element to spend on average over all quantized layers, keys and values.
+        candidates: rates (or specs such as ``"d16b8s2"``) that a layer's keys or values may get.
+        windows: calibration windows on which losses are measured, taken evenly from all; more make losses surer.
+        protocol: ``W0`` (every key and value quantized) or ``S<n>`` (the last n keys exact).
+
+    Raises:
+        ValueError: no candidate as small as `bits`, no window, a protocol that is not a one-shot one.
+    """
+
+    bits: float
+    candidates: tuple[str, ...] = ("0.5", "1", "2", "4")
+    windows: int = 4
+    protocol: str = "W0"
+
+    def __post_init__(self) -> None:
+        smallest = min(self.specs, key=lambda spec: spec.bits_per_element, default=None)
+        if smallest is None or self.bits < smallest.bits_per_element:
+            least = "none" if smallest is None else f"{smallest.bits_per_element:g} bits ({smallest})"
+            raise ValueError(
+                f"{self.bits:g} bits on average cannot be kept, since the smallest candidate has {least}: raise the "
+                "bits, or add a smaller candidate"
+            )
+        if self.windows < 1:
+            raise ValueError(f"windows={self.windows} must be at least 1: losses are measured on text")
+        if not Protocol.parse(self.protocol).one_shot:
+            raise ValueError(f"sensitivity is measured by protocol W0 or S<n> such as S128, not {self.protocol!r}")
+
+    @property
+    def specs(self) -> tuple[VQSpec, ...]:
+        """The candidates, smallest first."""
+        return tuple(
+            sorted({spec_for(c) for c in self.candidates}, key=lambda spec: (spec.bits_per_element, str(spec)))
+        )
+
+    def uniform(self) -> VQSpec:
+        """The largest candidate that all layers could have."""
+        return [spec for spec in self.specs if spec.bits_per_element <= self.bits][-1]
+
+
+def spread_bits(
+    costs: Mapping[Place, Mapping[VQSpec, float]], sizes: Mapping[str, int], bits: float
+) -> dict[Place, VQSpec]:
+    """The choice of one spec for each place whose losses sum to the least, at no more than `bits` on average. Exact.
+
+    Args:
+        costs: loss of each candidate in each place.
+        sizes: head size of keys and of values, by role; codes are counted in whole bytes of a vector, as stored.
+        bits: bits per element on average.
+
+    Raises:
+        ValueError: even the smallest candidates take more.
+    """
+    places = sorted(costs)
+    taken = [[(spec, spec.bytes_per_vector(sizes[role])) for spec in costs[layer, role]] for layer, role in places]
+    unit = math.gcd(*(size for options in taken for _, size in options))
+    elements = sum(sizes[role] for _, role in places)
+    room = math.floor(bits * elements / 8 / unit + 1e-9)
+    if (least := sum(min(size for _, size in options) for options in taken)) > room * unit:
+        raise ValueError(
+            f"{bits:g} bits on average cannot be kept: the smallest candidates take {8 * least / elements:g}; raise "
+            "the bits, or add a smaller candidate"
+        )
+    best = np.zeros(room + 1)  # least loss of the places so far, by units left to spend on them
+    chosen = np.zeros((len(places), room + 1), dtype=np.int64)
+    for i, (place, options) in enumerate(zip(places, taken)):
+        losses = np.full((len(options), room + 1), np.inf)
+        for j, (spec, size) in enumerate(options):
+            units = size // unit
+            if units <= room:
+                losses[j, units:] = best[: room + 1 - units] + costs[place][spec]
+        chosen[i] = losses.argmin(0)
+        best = losses.min(0)
+    found, left = {}, room
+    for i in reversed(range(len(places))):
+        spec, size = taken[i][chosen[i, left]]
+        found[places[i]] = spec
+        left -= size // unit
+    return dict(sorted(found.items()))
+
+
+def layer_specs(found: Mapping[Place, VQSpec]) -> dict[int, tuple[VQSpec, VQSpec]]:
+    """What `spread_bits` found as `AnTKVConfig.layer_specs`."""
+    return {layer: (found[layer, "key"], found[layer, "value"]) for layer in sorted({layer for layer, _ in found})}
+
+
+def search(
+    model: PreTrainedModel,
+    mixed: Mixed,
+    config: AnTKVConfig,
+    described: Mapping[str, Any],
+    rotary: Mapping[int, Rotary | None],
+    windows: torch.Tensor,
+    folder: WorkFolder,
+    progress: bool,
+    processes: Processes,
+) -> tuple[AnTKVConfig, dict[str, Any]]:
+    """Measures every place at every candidate, layer by layer together with the other processes, and spreads the bits.
+
+    Args:
+        described: see `codebook.describe_model`. windows: of the calibration; see `Mixed`.
+        folder: holds the tables of all candidates; what is measured is kept there.
+
+    Returns:
+        `config` with `layer_specs`, and what was found, JSON-ready.
+    """
+    rows = windows[_spread(len(windows), mixed.windows)]
+    settings = {
+        "protocol": mixed.protocol,
+        "windows": len(rows),
+        "anchors": asdict(config.anchors),
+        "chunk": config.chunk,
+    }
+    files = {layer: folder.costs_file(settings, layer) for layer in sorted(rotary)}
+    known = {layer: _read_costs(file) for layer, file in files.items()}
+    missing = [
+        layer for layer in files if any(str(spec) not in known[layer].get(r, {}) for r in ROLES for spec in mixed.specs)
+    ]
+    processes.wait()  # until all have seen what is missing
+    own = processes.share(missing)
+    for layer in tqdm(own, desc="sensitivity", unit="layer", disable=not progress or processes.rank > 0):
+        held = known[layer]
+        tables = {
+            (role, spec): folder.read_tables(layer, role, spec)[0]
+            for role in ROLES
+            for spec in mixed.specs
+            if str(spec) not in held.get(role, {})
+        }
+        for (_, role), found in layer_costs(model, rows, mixed.protocol, config, layer, rotary[layer], tables).items():
+            held[role] = {**held.get(role, {}), **{str(spec): cost for spec, cost in found.items()}}
+        save_json(held, files[layer])
+    processes.wait()
+    known = {layer: _read_costs(file) for layer, file in files.items()}
+    costs = {(i, role): {spec: known[i][role][str(spec)] for spec in mixed.specs} for i in files for role in ROLES}
+    sizes = {"key": described["head_dim"], "value": described["value_dim"]}
+    chosen = spread_bits(costs, sizes, mixed.bits)
+    record = {
+        "bits": mixed.bits,
+        "protocol": mixed.protocol,
+        "windows": f"{len(rows)} x {rows.shape[1]}",
+        "unit": "KL, nats a token",
+        "layers": list(files),
+        **{
+            role: {str(spec): [float(f"{costs[layer, role][spec]:.4g}") for layer in files] for spec in mixed.specs}
+            for role in ROLES
+        },
+        "predicted": {
+            "mixed": round(sum(costs[place][spec] for place, spec in chosen.items()), 5),
+            str(mixed.uniform()): round(sum(cost[mixed.uniform()] for cost in costs.values()), 5),
+        },
+    }
+    return config.replace(layer_specs=layer_specs(chosen)), record
+
+
+def measured(
+    model: PreTrainedModel, mixed: Mixed, book: AnTKVCodebook, windows: torch.Tensor, folder: WorkFolder
+) -> dict[str, float]:
+    """Loss of the spread and of the largest candidate in all layers, nats a token, on the windows of `search`."""
+    rows, spec = windows[_spread(len(windows), mixed.windows)], mixed.uniform()
+    tables = {i: (folder.read_tables(i, "key", spec)[0], folder.read_tables(i, "value", spec)[0]) for i in book.tables}
+    same = AnTKVCodebook(book.config.replace(key=spec, value=spec, layer_specs={}), tables, book.model)
+    return {
+        name: round(cache_cost(model, rows, mixed.protocol, held), 5)
+        for name, held in (("mixed", book), (str(spec), same))
+    }
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` windows at even distances; all if there are fewer."""
+    wanted = min(wanted, count)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def _read_costs(file: Path) -> dict[str, dict[str, float]]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+@torch.no_grad()
+def layer_costs(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    protocol: str,
+    config: AnTKVConfig,
+    layer: int,
+    rotary: Rotary | None,
+    tables: Mapping[tuple[str, VQSpec], VQTables],
+) -> Costs:
+    """Loss of each spec for one layer's keys and values, each alone: nats a token.
+
+    Args:
+        windows: token ids ``(count, n)``. protocol: see `Mixed`.
+        config: anchors and chunks. rotary: the layer's RoPE, None where keys are coded as they come.
+        tables: of the layer, by role and spec.
+    """
+    evaluator = _evaluator(model, protocol, config)
+    sums: Costs = {(layer, role): {} for role in ROLES}
+    for row in windows:
+        ids = row.unsqueeze(0).to(model.device)
+        plain = _logits(evaluator, ids, {})
+        for (role, spec), held in tables.items():
+            plan = _plan_of(evaluator.config, layer, role, spec, held, rotary)
+            found = mean_divergence(plain, _logits(evaluator, ids, {layer: plan}))
+            place = sums[layer, role]
+            place[spec] = place.get(spec, 0.0) + found / len(windows)
+    return sums
+
+
+@torch.no_grad()
+def cache_cost(model: PreTrainedModel, windows: torch.Tensor, protocol: str, codebook: AnTKVCodebook) -> float:
+    """Loss of a whole codebook, nats a token, as in `layer_costs`."""
+    plain_evaluator = _evaluator(model, protocol, codebook.config)
+    evaluator = ProtocolEvaluator(model, Protocol.parse(protocol), codebook.config, codebook)
+    total = 0.0
+    for row in windows:
+        ids = row.unsqueeze(0).to(model.device)
+        total += mean_divergence(_logits(plain_evaluator, ids, {}), _logits(evaluator, ids, evaluator.plans))
+    return total / len(windows)
+
+
+def mean_divergence(plain: torch.Tensor, logits: torch.Tensor) -> float:
+    """KL(plain || logits) in nats, the mean over tokens: logits ``(batch, n, vocabulary)``."""
+    total, (batch, n, _) = 0.0, plain.shape
+    for start in range(0, n, _LOGIT_ROWS):
+        rows = slice(start, start + _LOGIT_ROWS)
+        expected, found = (F.log_softmax(x[:, rows].float(), -1) for x in (plain, logits))
+        total += float(F.kl_div(found, expected, reduction="none", log_target=True).sum(-1).double().sum())
+    return total / (batch * n)
+
+
+def _evaluator(model: PreTrainedModel, protocol: str, config: AnTKVConfig) -> ProtocolEvaluator:
+    """One whose plans are given in each forward: layers without a plan attend exactly, by the same code."""
+    exact = AnTKVConfig(
+        key=None, value=None, anchors=config.anchors, window=config.window, chunk=config.chunk, rope=config.rope
+    )
+    return ProtocolEvaluator(model, Protocol.parse(protocol), exact, None)
+
+
+def _logits(evaluator: ProtocolEvaluator, ids: torch.Tensor, plans: dict[int, LayerPlan]) -> torch.Tensor:
+    evaluator.plans = plans
+    with evaluator.active():
+        return evaluator.model(input_ids=ids, use_cache=False).logits
+
+
+def _plan_of(
+    config: AnTKVConfig, layer: int, role: str, spec: VQSpec, tables: VQTables, rotary: Rotary | None
+) -> LayerPlan:
+    """Plan of a layer whose keys or values alone are coded."""
+
+    def codec(layer: int, device: torch.device, *sizes: int) -> LayerCodec:
+        coded = VectorQuantizer(spec, tables, device)
+        key, value = (coded if role == r else IdentityCodec() for r in ROLES)
+        return LayerCodec(key, value, None if rotary is None else rotary.to(device))
+
+    return LayerPlan(layer, config, get_score(config.anchors.score), codec)

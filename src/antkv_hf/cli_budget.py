@@ -1,0 +1,62 @@
+"""``antkv budget``: what a cache will take, and what fits."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .cli_common import AsJson, DType, Model, _quiet
+
+
+def budget(
+    model: Model,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of each sequence, e.g. 131072.")] = None,
+    size: Annotated[str | None, typer.Option("--bytes", help="Memory for the cache, e.g. 2GB or 1.5GiB.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    among: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Preset (2bit, ott-4bit) or codebook; repeat. Default: the shipped codebooks of the model, and the "
+            "presets that need none."
+        ),
+    ] = None,
+    dtype: DType = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say what a cache of so many tokens takes, how many tokens fit into so many bytes, and what to choose.
+
+    With --tokens and --bytes the answer is the one of the most bits that fits; if none does, exit code 1 and the bytes
+    that are missing. Counts all that AnTKVCache.memory_footprint() counts, at the length that takes most; weights,
+    tables and the working memory of a forward come on top. Reads no weights.
+
+    Example: antkv budget meta-llama/Llama-3.1-8B --tokens 131072 --bytes 2GB --among 2bit --among 1bit
+    """
+    _quiet()
+    import torch
+
+    from .cache.budget import choices, fit
+    from .evaluation.inspection import model_config
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto" and dtype not in kinds:
+        raise ValueError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(kinds)}")
+    config, kind = model_config(model), kinds.get(dtype)
+    found = choices(config, tokens, size, batch, among, kind)
+    best = None if tokens is None or size is None else fit(config, tokens, size, batch, among, kind)
+    if as_json:
+        chosen = None if best is None else best.name
+        typer.echo(json.dumps({"choice": chosen, "choices": [choice.to_dict() for choice in found]}, indent=2))
+        return
+    width = max(len(choice.name) for choice in found)
+    for choice in found:
+        parts = [f"{choice.bits:g} bits".rjust(9)]
+        if choice.footprint is not None:
+            taken = choice.footprint
+            parts.append(f"{taken.total:>16,} bytes, {taken.compression:.1f}x smaller than DynamicCache")
+        if choice.tokens is not None:
+            parts.append(f"{choice.tokens:>12,} tokens fit")
+        typer.echo(f"{choice.name:<{width}}  " + "  ".join(parts))
+    if best is not None:
+        typer.echo(f"take {best.name}")

@@ -1,0 +1,164 @@
+"""What the commands of `cli` share: argument types, how models and codebooks are named, messages and progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .calibration.sensitivity import Mixed
+    from .codebook import AnTKVCodebook
+    from .config import AnTKVConfig
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model, or the word smollm2.")
+]
+Codebook = Annotated[
+    str,
+    typer.Argument(
+        metavar="CODEBOOK",
+        help="Codebook of that model: folder, Hub id, or a shipped one: smollm2-135m-instruct-1bit. ott-2bit and "
+        "ott-4bit need none.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes the GPU if there is one.")]
+DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on a CPU, else the model's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a setting for this run, e.g. window=64 or anchor_fraction=0.01; repeat for several.",
+    ),
+]
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _quiet() -> None:
+    """Short warnings, and no progress bars of transformers while it loads weights."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.showwarning = lambda message, *args, **kwargs: _say(f"antkv: warning: {message}")
+
+
+def _codebook_place(name: str) -> str:
+    from .demo import find_codebook
+
+    return find_codebook(name)
+
+
+def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None, AnTKVConfig]:
+    """Codebook and config of the argument CODEBOOK; a preset that needs no codebook also takes
+    ``--set group=64`` and ``--set layer_bits=0-9=4``."""
+    from .codebook import AnTKVCodebook
+    from .config import OTT, AnTKVConfig
+
+    if not name.startswith(OTT):
+        book = AnTKVCodebook.from_pretrained(_codebook_place(name))
+        return book, _changed(book.config, settings)
+    groups = [setting for setting in settings or [] if setting.startswith("group=")]
+    layers = [setting for setting in settings or [] if setting.startswith("layer_bits=")]
+    rest = [setting for setting in settings or [] if setting not in groups + layers]
+    if groups and not groups[-1][6:].isdigit():
+        raise ValueError(f"--set {groups[-1]!r}: group is a number")
+    config = AnTKVConfig.preset(name, group=int(groups[-1][6:]) if groups else None)
+    return None, _changed(config, rest, layers[-1].partition("=")[2] if layers else None)
+
+
+def _load_model(name: str, device: str, dtype: str):
+    """Model in evaluation mode and tokenizer; `name` is a folder, a Hub id or the word smollm2."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .demo_model import WORD, load_demo_model
+
+    cuda = torch.cuda.is_available()
+    where = torch.device(("cuda" if cuda else "cpu") if device == "auto" else _checked_device(device))
+    if where.type == "cuda" and not cuda:
+        raise ValueError(f"--device {device}: this PyTorch sees no GPU; use --device cpu")
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto" and dtype not in kinds:
+        raise ValueError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(kinds)}")
+    kind: Any = kinds.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    if name == WORD:
+        model, tokenizer, place = load_demo_model()
+        _say(f"model: {place}")
+        return model.to(where, dtype=torch.bfloat16 if kind == "auto" else kind), tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval().to(where), tokenizer
+
+
+def _checked_device(name: str) -> str:
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is unknown; choose auto, cpu, cuda or cuda:<number>")
+    return name
+
+
+def _changes(settings: list[str] | None) -> dict[str, Any]:
+    """``["window=64", "anchor_score=none"]`` -> ``{"window": 64, "anchor_score": "none"}``, names checked."""
+    from .config import AnchorConfig, AnTKVConfig
+
+    given_otherwise = ("key", "value", "anchors", "layer_specs")
+    fields = {f.name: f for f in dataclasses.fields(AnTKVConfig) if f.name not in given_otherwise}
+    fields |= {f"anchor_{f.name}": f for f in dataclasses.fields(AnchorConfig)}
+    changes: dict[str, Any] = {}
+    for setting in settings or []:
+        name, equals, text = setting.partition("=")
+        if not equals or name not in fields:
+            raise ValueError(f"--set {setting!r}: write FIELD=VALUE with a field of {', '.join(fields)}")
+        try:
+            changes[name] = json.loads(text)
+        except ValueError:
+            changes[name] = text
+        if name == "skip_layers":
+            changes[name] = tuple(changes[name] if isinstance(changes[name], list) else [changes[name]])
+        elif isinstance(fields[name].default, (int, float)) and not isinstance(changes[name], (int, float)):
+            raise ValueError(f"--set {setting!r}: {name} is a number")
+    return changes
+
+
+def _changed(config: AnTKVConfig, settings: list[str] | None, layer_bits: str | None = None) -> AnTKVConfig:
+    config = config.replace(**_changes(settings))
+    return config if layer_bits is None else config.with_layer_bits(layer_bits)
+
+
+def _mixed_runs(
+    bits: list[float] | None, candidates: list[str] | None, protocol: str, windows: int, settings: list[str] | None
+) -> list[tuple[str, AnTKVConfig, Mixed | None]]:
+    """Name, config and spread of each `--mixed`; the config's specs are replaced by what is found."""
+    from .calibration.sensitivity import Mixed
+    from .config import AnTKVConfig
+
+    runs: list[tuple[str, AnTKVConfig, Mixed | None]] = []
+    for b in bits or []:
+        found = Mixed(b, tuple(candidates or Mixed.candidates), windows, protocol)
+        spec = str(found.uniform())
+        runs.append((f"mixed-{b:g}bit", _changed(AnTKVConfig.preset("1bit", key=spec, value=spec), settings), found))
+    return runs
+
+
+class _Bar:
+    """Progress of `evaluate` on stderr: one bar a row."""
+
+    def __init__(self) -> None:
+        self.name, self.bar = "", None  # type: str, Any
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        from tqdm.auto import tqdm
+
+        if self.bar is None or name != self.name:
+            self.name, self.bar = name, tqdm(total=total, desc=name, unit="window")
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,155 @@
+"""Bits spread over layers: the allocation against brute force, what is measured, and calibration with it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from helpers import random_codebook
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_calibration import small_llama, small_text
+from test_cli import (
+    antkv,
+    error_of,
+    place,  # noqa: F401  # a fixture
+)
+from test_texts import word_tokenizer
+
+from antkv_hf import AnTKVCodebook, AnTKVConfig, calibrate
+from antkv_hf.cache.model_rotary import model_rotary
+from antkv_hf.calibration import run, sensitivity
+from antkv_hf.calibration.sensitivity import Mixed, cache_cost, layer_costs, layer_specs, mean_divergence, spread_bits
+from antkv_hf.evaluation import evaluate
+from antkv_hf.specs import VQSpec
+
+RATES = [VQSpec(16, 8), VQSpec(8, 8), VQSpec(4, 8), VQSpec(16, 10)]
+SMALL = Mixed(1.0, ("d8b4", "d4b4", "d2b4"), windows=2)  # 0.5, 1 and 2 bits, with tables of 16
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_spread_is_the_best_of_all(data):
+    places = [(layer, role) for layer in range(data.draw(st.integers(1, 3))) for role in ("key", "value")]
+    sizes = {"key": data.draw(st.sampled_from([16, 32])), "value": 16}
+    loss = st.floats(0, 10, allow_nan=False)
+    costs = {p: {spec: data.draw(loss) for spec in RATES[: data.draw(st.integers(1, 4))]} for p in places}
+    bits = data.draw(st.floats(0.4, 2.5))
+
+    def taken(specs):
+        return sum(8 * spec.bytes_per_vector(sizes[role]) for spec, (_, role) in zip(specs, places))
+
+    elements = sum(sizes[role] for _, role in places)
+    fitting = [s for s in itertools.product(*(costs[p] for p in places)) if taken(s) <= bits * elements + 1e-6]
+    if not fitting:
+        with pytest.raises(ValueError, match="bits on average cannot be kept: the smallest candidates take"):
+            spread_bits(costs, sizes, bits)
+        return
+    found = spread_bits(costs, sizes, bits)
+    assert list(found) == places and taken(found.values()) <= bits * elements + 1e-6
+    best = min(sum(costs[p][spec] for p, spec in zip(places, specs)) for specs in fitting)
+    assert sum(costs[p][spec] for p, spec in found.items()) == pytest.approx(best)
+
+
+def test_divergence_is_that_of_torch():
+    g = torch.Generator().manual_seed(0)
+    plain, logits = (torch.randn(2, 300, 20, generator=g) for _ in range(2))
+    p, q = plain.softmax(-1), logits.softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    assert mean_divergence(plain, logits) == pytest.approx(float(expected), rel=1e-5)
+    assert mean_divergence(plain, plain) == 0
+
+
+@pytest.mark.parametrize("protocol", ["W0", "S16"])
+def test_losses_are_those_of_a_cache_with_one_coded_role(protocol):
+    """Both roles of one layer coded at once, by hand and as a codebook: more than each alone; nothing coded: none."""
+    model = small_llama()
+    config = AnTKVConfig.preset("1bit", skip_layers=(0,))
+    book = random_codebook(model, config)
+    windows = torch.randint(3, 100, (2, 90), generator=torch.Generator().manual_seed(0))
+    tables = {(role, VQSpec(8, 8)): book.tables[1][i] for i, role in enumerate(("key", "value"))}
+    found = layer_costs(model, windows, protocol, config, 1, model_rotary(model.config)[1], tables)
+    alone = [found[1, role][VQSpec(8, 8)] for role in ("key", "value")]
+    both = cache_cost(model, windows, protocol, book)
+    assert all(cost > 0 for cost in alone) and both > max(alone) * 0.5
+    assert both < 4 * sum(alone)
+    assert layer_costs(model, windows, protocol, config, 1, None, {}) == {(1, "key"): {}, (1, "value"): {}}
+
+
+def calibrated(model=None, mixed=SMALL, **changes):
+    options = dict(tokens=512, window=64, samples=400, iterations=3, progress=False, mixed=mixed)
+    return calibrate(model or small_llama(), word_tokenizer(), [small_text()], AnTKVConfig(), **{**options, **changes})
+
+
+def test_calibration_spreads_bits(tmp_path, monkeypatch):
+    book = calibrated(work_dir=tmp_path)
+    record = book.calibration["sensitivity"]
+    assert record["windows"] == "2 x 64" and record["layers"] == [0, 1] and record["protocol"] == "W0"
+    assert set(record["key"]) == set(record["value"]) == {"d8b4", "d4b4", "d2b4"}
+    assert sum(book.config.bits([0, 1])) / 2 <= 1.0
+    costs = {(i, r): {VQSpec.parse(s): record[r][s][i] for s in record[r]} for i in (0, 1) for r in ("key", "value")}
+    assert layer_specs(spread_bits(costs, {"key": 16, "value": 16}, 1.0)) == book.config.layer_specs
+    assert record["predicted"]["mixed"] <= record["predicted"]["d4b4"]
+    assert set(record["measured"]) == {"mixed", "d4b4"} and record["measured"]["mixed"] > 0
+    # what is there is used: other bits need no forward, no k-means and no measurement, but for that of the result
+    for module, name in ((run, "window_statistics"), (run, "learn_tables"), (sensitivity, "layer_costs")):
+        monkeypatch.setattr(module, name, None)
+    more = calibrated(mixed=Mixed(1.5, SMALL.candidates, 2), work_dir=tmp_path)
+    assert sum(book.config.bits([0, 1])) < sum(more.config.bits([0, 1])) <= 3.0
+    same = calibrated(work_dir=tmp_path)
+    assert same.config == book.config and same.sha256 == book.sha256
+    uniform = calibrate(
+        small_llama(), word_tokenizer(), [small_text()], AnTKVConfig(VQSpec(4, 4), VQSpec(4, 4)), tokens=512,
+        window=64, samples=400, iterations=3, progress=False, work_dir=tmp_path,
+    )  # fmt: skip
+    assert not uniform.config.layer_specs and "sensitivity" not in uniform.calibration
+    book.save_pretrained(tmp_path / "book")
+    card = (tmp_path / "book" / "README.md").read_text(encoding="utf-8")
+    assert "on average" in card and "'predicted'" in card and "'d2b4': [" not in card
+    again = AnTKVCodebook.from_pretrained(tmp_path / "book")
+    assert again.calibration["sensitivity"] == json.loads(json.dumps(record))
+    row = evaluate(small_llama(), None, torch.randint(3, 99, (1, 64)), again, protocols=["W0"])[0]
+    assert row.method.startswith("mixed d")
+
+
+def test_bad_spreads_are_refused():
+    for make, message in (
+        (
+            lambda: Mixed(0.25),
+            r"0.25 bits on average cannot be kept, since the smallest candidate has 0.5 bits .d16b8.",
+        ),
+        (lambda: Mixed(1, ()), "smallest candidate has none"),
+        (lambda: Mixed(1, windows=0), "windows=0 must be at least 1"),
+        (lambda: Mixed(1, protocol="FP"), "protocol W0 or S<n> such as S128, not 'FP'"),
+        (lambda: Mixed(1, ("3",)), "3 bits per element do not exist"),
+        (lambda: calibrated(mixed=Mixed(1, ("d32b8",))), "head_dim 16 is not a multiple of sub_dim 32"),
+        (lambda: calibrated(mixed=Mixed(1), samples=200), "200 samples .* are fewer than the 256 centroids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_command(place, monkeypatch, tmp_path):  # noqa: F811
+    import antkv_hf.calibration
+
+    seen = []
+
+    def learned(model, tokenizer, texts, config, **options):
+        seen.append((config, options["mixed"]))
+        return random_codebook(model, config)
+
+    monkeypatch.setattr(antkv_hf.calibration, "calibrate", learned)
+    common = ("calibrate", place / "model", place / "text.txt", "-o", tmp_path, "--device", "cpu")
+    antkv(*common, "--layer-bits", "0=2,2=0.5/1", "--bits", 1)
+    assert {i: tuple(map(str, pair)) for i, pair in seen[-1][0].layer_specs.items()} == {
+        0: ("d4b8", "d4b8"), 2: ("d16b8", "d8b8"),
+    }  # fmt: skip
+    antkv(*common, "--mixed", 1, "--mixed", 2, "--candidate", "1", "--candidate", "d4b8", "--sensitivity", "S128",
+          "--sensitivity-windows", 3)  # fmt: skip
+    assert [mixed for _, mixed in seen[-2:]] == [Mixed(b, ("1", "d4b8"), 3, "S128") for b in (1.0, 2.0)]
+    assert (tmp_path / "mixed-2bit" / "config.json").is_file()
+    assert "leave --key-bits" in error_of(*common, "--mixed", 1, "--key-bits", 2)
+    assert "0.25 bits on average cannot be kept" in error_of(*common, "--mixed", 0.25)
+    assert "layers 3-1 run backwards" in error_of(*common, "--layer-bits", "3-1=2")
