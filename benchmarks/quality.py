@@ -1,0 +1,106 @@
+"""Perplexity of every method on the same footing: same text, same protocols, everything stored counted as bits.
+
+    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/quality.py --out FOLDER --model MODEL \\
+        --text wikitext2=wiki.test.raw --calibrate wiki.txt=0.5 code/=0.5 --work-dir WORK [--codebooks PATH ...]
+    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/quality.py --out FOLDER --work-dir WORK --device cpu --tiny
+
+Appends to FOLDER/quality.csv as rows finish and leaves out what is there already, so several processes can share the
+work (--shard 0/4, 1/4, ...) and a stopped run goes on. Then writes FOLDER/quality.md and, where matplotlib is
+installed, FOLDER/quality-<protocol>.png. `benchmarks/README.md` says what the methods are; --list names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from fnmatch import fnmatch
+
+from results import read_csv
+from rivals.measuring import Subject, Table
+from rivals.methods import Method, Setting, all_methods, given_codebook
+from rivals.report import plot_quality, quality_markdown
+from rivals.setup import Bench, add_arguments
+
+TINY_METHODS = ("fp8", "kivi-*", "turboquant-*", "kvquant-*", "cq-*1bit", "antkv-paper-1bit", "ours-1bit")
+
+
+def chosen(patterns: list[str], codebooks: list[str]) -> list[Method]:
+    """Methods whose name fits a pattern, then the codebooks; ValueError for a pattern that none fits."""
+    known = all_methods()
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in known):
+            raise ValueError(f"--methods {pattern}: no method is called so; there are {', '.join(known)}")
+    found = [method for name, method in known.items() if any(fnmatch(name, pattern) for pattern in patterns)]
+    return [given_codebook(path) for path in codebooks] + found
+
+
+def fits(method: Method, bench: Bench) -> bool:
+    """Whether the model's heads and the samples suffice for the method's tables; says so if not."""
+    text = bench.model.config.get_text_config(decoder=True)
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    for spec in method.specs:
+        if dim % spec.sub_dim:
+            print(f"{method.name}: left out, {dim} channels of a head are no multiple of {spec.sub_dim}", flush=True)
+            return False
+    return True
+
+
+def run(arguments: argparse.Namespace) -> None:
+    bench = Bench(arguments)
+    table = Table(arguments.out / "quality.csv", bench.model, bench.name)
+    for method in bench.mine(chosen(arguments.methods, arguments.codebooks)):
+        subjects: dict[int, Subject] = {}
+        for seed in arguments.seed if method.random else [0]:
+
+            def subject(method=method, seed=seed, subjects=subjects) -> Subject:
+                if seed not in subjects:
+                    subjects[seed] = method.build(Setting(bench.model, bench.statistics, seed))
+                return subjects[seed]
+
+            what = dict(method=method.name, family=method.family, seed=seed)
+            for text in bench.texts if fits(method, bench) else ():
+                for protocol in method.protocols:
+                    if protocol not in arguments.protocols:
+                        continue
+                    try:
+                        table.row(what, protocol, text, subject)
+                    except ImportError as error:  # an optional package is missing
+                        print(f"{method.name}: left out, {error}", flush=True)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    rows = read_csv(arguments.out / "quality.csv")
+    text = quality_markdown(rows)
+    (arguments.out / "quality.md").write_text(text, encoding="utf-8")
+    print(text)
+    for path in plot_quality(rows, arguments.out):
+        print(f"wrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--methods", nargs="*", default=["*"], metavar="PATTERN", help='e.g. "kivi-*"; all by default')
+    parser.add_argument("--codebooks", nargs="*", default=[], metavar="PATH", help="our codebooks, measured first")
+    parser.add_argument("--protocols", nargs="+", default=["W0", "S128", "cache"], choices=("W0", "S128", "cache"))
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="of k-means and rotations; several may be given"
+    )
+    parser.add_argument("--report", action="store_true", help="measure nothing, only write the table and the plots")
+    parser.add_argument("--list", action="store_true", help="name the methods and stop")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print("\n".join(f"{name:<24}{method.family}" for name, method in all_methods().items()))
+        return
+    if arguments.tiny and arguments.methods == ["*"]:
+        arguments.methods = list(TINY_METHODS)
+    try:
+        if not arguments.report:
+            run(arguments)
+        report(arguments)
+    except ValueError as error:
+        sys.exit(f"quality.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
