@@ -2,7 +2,7 @@
 
     PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/quality.py --out FOLDER --model MODEL \\
         --text wikitext2=wiki.test.raw --calibrate wiki.txt=0.5 code/=0.5 --work-dir WORK [--codebooks PATH ...]
-    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/quality.py --out FOLDER --work-dir WORK --device cpu --tiny
+    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/quality.py --out FOLDER --work-dir WORK --tiny
 
 Appends to FOLDER/quality.csv as rows finish and leaves out what is there already, so several processes can share the
 work (--shard 0/4, 1/4, ...) and a stopped run goes on. Then writes FOLDER/quality.md and, where matplotlib is
@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
+    if arguments.out is None:
+        raise ValueError("--out FOLDER is missing")
     rows = read_csv(arguments.out / "quality.csv")
     text = quality_markdown(rows)
     (arguments.out / "quality.md").write_text(text, encoding="utf-8")

@@ -22,7 +22,7 @@ TINY_SIZES = Sizes(tokens=512, window=128, samples=512, iterations=2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder of the CSV, the tables and the plots")
+    parser.add_argument("--out", type=Path, help="folder of the CSV, the tables and the plots")
     parser.add_argument("--model", help="folder or Hub id of a causal language model")
     parser.add_argument("--model-name", help="what the CSV calls it (the folder's name)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -50,9 +50,11 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
         self.index, self.count = _shard(arguments.shard)
+        if arguments.out is None:
+            raise ValueError("--out FOLDER is missing")
         if arguments.last is not None and not 0 < arguments.last < arguments.window:
             raise ValueError(f"--last {arguments.last} must lie between 1 and {arguments.window - 1}")
-        self._statistics: dict[tuple, Statistics] = {}
+        self._statistics: dict[str, Statistics] = {}
         self.sizes = Sizes(*(getattr(arguments, f"calibration_{name}") for name in Sizes._fields))
         if arguments.tiny:
             self.model, self.tokenizer, self.name = tiny_model(arguments.device), tiny_tokenizer(), "tiny"
@@ -68,7 +70,7 @@ class Bench:
         self.model.requires_grad_(False)
         if not arguments.text and not arguments.tiny:
             raise ValueError("--text NAME=PATH is missing: which text is measured?")
-        self.texts = [self.text(*_named(text)) for text in arguments.text or ["random="]]
+        self.texts = [self.text(*named(text)) for text in arguments.text or ["random="]]
 
     def text(self, name: str, path: str) -> Text:
         """Windows of a text as the arguments say."""
@@ -76,7 +78,9 @@ class Bench:
         texts = [tiny_text(seed=7)] if a.tiny else load_texts(path)
         return Text(name, token_windows(self.tokenizer, texts, a.window, a.windows), a.last)
 
-    def statistics(self, name: str = "", sources: tuple[str, ...] | None = None) -> Statistics:
+    def statistics(
+        self, name: str = "mix", sources: tuple[str, ...] | None = None, sizes: Sizes | None = None
+    ) -> Statistics:
         """Calibration statistics of the texts of ``--calibrate``, or of `sources` in a folder of their own `name`."""
         a = self.arguments
         sources = tuple(a.calibrate) if sources is None else sources
@@ -84,26 +88,25 @@ class Bench:
             raise ValueError(
                 "this method learns tables: give --calibrate PATH=SHARE ... and --work-dir FOLDER, or leave it out"
             )
-        key = (name, sources)
-        if key not in self._statistics:
+        if name not in self._statistics:
             a.work_dir.mkdir(parents=True, exist_ok=True)
             if a.tiny:
                 path = a.work_dir / "tiny.txt"
                 path.write_text(tiny_text(seed=1), encoding="utf-8")
                 sources = (str(path),)
-            folder = a.work_dir / (name or "mix")
-            self._statistics[key] = Statistics(self.model, self.tokenizer, sources, folder, self.sizes)
-        return self._statistics[key]
+            found = Statistics(self.model, self.tokenizer, sources, a.work_dir / name, sizes or self.sizes)
+            self._statistics[name] = found
+        return self._statistics[name]
 
     def mine(self, work: list) -> list:
         """The share of `work` that falls to this process."""
         return work[self.index :: self.count]
 
 
-def _named(text: str) -> tuple[str, str]:
+def named(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals:
-        raise ValueError(f"--text {text!r}: write NAME=PATH")
+        raise ValueError(f"{text!r}: write NAME=PATH")
     return name, path
 
 
