@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -105,14 +106,15 @@ class TurboQuant(Rival):
         return self._rotations[place]
 
 
-def gaussian_levels(bits: int, iterations: int = 2000) -> torch.Tensor:
+@cache
+def gaussian_levels(bits: int, rounds: int = 500) -> torch.Tensor:
     """Levels of the scalar quantizer of N(0, 1) with the least mean square error (Lloyd, Max), ascending float32.
 
     Each level is the mean of its cell, ``(phi(a) - phi(b)) / (Phi(b) - Phi(a))``; cells end halfway between levels.
     """
     levels = torch.linspace(-2, 2, 1 << bits, dtype=torch.float64)
     ends = torch.tensor([-math.inf, math.inf], dtype=torch.float64)
-    for _ in range(iterations):
+    for _ in range(rounds):
         edges = torch.cat([ends[:1], (levels[1:] + levels[:-1]) / 2, ends[1:]])
         density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
         mass = torch.special.ndtr(edges)

@@ -16,7 +16,7 @@ from .statistics import Sizes, Statistics
 
 TINY_MODEL = dict(
     vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=4096, initializer_range=0.3,
 )  # fmt: skip
 TINY_SIZES = Sizes(tokens=512, window=128, samples=512, iterations=2)
 
@@ -59,7 +59,7 @@ class Bench:
         if arguments.tiny:
             self.model, self.tokenizer, self.name = tiny_model(arguments.device), tiny_tokenizer(), "tiny"
             self.sizes = TINY_SIZES
-            arguments.window, arguments.windows, arguments.last = 400, 2, None
+            arguments.window, arguments.windows, arguments.last = 300, 1, None
         elif arguments.model is None:
             raise ValueError("--model FOLDER is missing (or --tiny)")
         else:
