@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import sys
 from fnmatch import fnmatch
+from functools import cache, partial
+from itertools import product
 
 from results import read_csv
-from rivals.measuring import Subject, Table
+from rivals.measuring import Table
 from rivals.methods import Method, Setting, all_methods, given_codebook
 from rivals.report import plot_quality, quality_markdown
 from rivals.setup import Bench, add_arguments
@@ -45,27 +47,27 @@ def fits(method: Method, bench: Bench) -> bool:
     return True
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> list[str]:
+    """Measures what is not there yet; returns the methods that failed, after which the others went on."""
+    failed = []
     bench = Bench(arguments)
     table = Table(arguments.out / "quality.csv", bench.model, bench.name)
     for method in bench.mine(chosen(arguments.methods, arguments.codebooks)):
-        subjects: dict[int, Subject] = {}
-        for seed in arguments.seed if method.random else [0]:
-
-            def subject(method=method, seed=seed, subjects=subjects) -> Subject:
-                if seed not in subjects:
-                    subjects[seed] = method.build(Setting(bench.model, bench.statistics, seed))
-                return subjects[seed]
-
-            what = dict(method=method.name, family=method.family, seed=seed)
-            for text in bench.texts if fits(method, bench) else ():
-                for protocol in method.protocols:
-                    if protocol not in arguments.protocols:
-                        continue
-                    try:
-                        table.row(what, protocol, text, subject)
-                    except ImportError as error:  # an optional package is missing
-                        print(f"{method.name}: left out, {error}", flush=True)
+        protocols = [protocol for protocol in method.protocols if protocol in arguments.protocols]
+        if not fits(method, bench):
+            continue
+        try:
+            for seed in arguments.seed if method.random else [0]:
+                subject = cache(partial(method.build, Setting(bench.model, bench.statistics, seed)))
+                for text, protocol in product(bench.texts, protocols):
+                    what = dict(method=method.name, family=method.family, seed=seed)
+                    table.row(what, protocol, text, subject)
+        except ImportError as error:  # an optional package is missing
+            print(f"{method.name}: left out, {error}", flush=True)
+        except (ValueError, RuntimeError) as error:  # what others measure must not be lost
+            print(f"{method.name}: failed, {error}", flush=True)
+            failed.append(method.name)
+    return failed
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -83,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--methods", nargs="*", default=["*"], metavar="PATTERN", help='e.g. "kivi-*"; all by default')
-    parser.add_argument("--codebooks", nargs="*", default=[], metavar="PATH", help="our codebooks, measured first")
+    parser.add_argument("--codebooks", nargs="*", default=[], metavar="[NAME=]PATH", help="ours, measured first")
     parser.add_argument("--protocols", nargs="+", default=["W0", "S128", "cache"], choices=("W0", "S128", "cache"))
     parser.add_argument(
         "--seed", type=int, nargs="+", default=[0], help="of k-means and rotations; several may be given"
@@ -97,9 +99,10 @@ def main() -> None:
     if arguments.tiny and arguments.methods == ["*"]:
         arguments.methods = list(TINY_METHODS)
     try:
-        if not arguments.report:
-            run(arguments)
+        failed = [] if arguments.report else run(arguments)
         report(arguments)
+        if failed:
+            raise ValueError(f"failed: {', '.join(failed)}")
     except ValueError as error:
         sys.exit(f"quality.py: {error}")
 

@@ -360,3 +360,12 @@ def test_table_bytes_of_plain_tables(llama):
     plain = plain_tables(torch.zeros(HEADS, D // 8, 1, 256, 8, dtype=torch.float16), spec)
     book = AnTKVCodebook(book.config, dict.fromkeys(book.tables, (plain, plain)), book.model)
     assert table_bytes(book) == 3 * 2 * HEADS * D * 256 * 2 < book.tables_bytes()
+
+
+def test_a_failing_method_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    options = ["--out", tmp_path, "--device", "cpu", "--tiny", "--protocols", "W0"]
+    monkeypatch.setattr(quality, "plot_quality", lambda rows, out: [])
+    with pytest.raises(SystemExit, match="failed: kvquant-1bit"):
+        arguments(quality, *options, "--methods", "kvquant-1bit", "kivi-2bit", "fp8")
+    assert "kvquant-1bit: failed, this method learns tables: give --calibrate" in capsys.readouterr().out
+    assert {r["method"] for r in read_csv(tmp_path / "quality.csv")} == {"FP", "fp8", "kivi-2bit"}

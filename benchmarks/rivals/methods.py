@@ -110,8 +110,9 @@ def all_methods() -> dict[str, Method]:
     return {method.name: method for method in found}
 
 
-def given_codebook(path: str) -> Method:
-    """A codebook by its folder or shipped name, with its own config."""
+def given_codebook(text: str) -> Method:
+    """A codebook by its folder or shipped name, with its own config; ``NAME=PATH`` calls it otherwise."""
+    name, equals, path = text.rpartition("=")
     book = AnTKVCodebook.from_pretrained(path)
     build = lambda setting: Subject(book.config, book)
-    return Method(Path(path).name, "ours, codebooks given", build, specs=book.config.vq_specs())
+    return Method(name if equals else Path(path).name, "ours, codebooks given", build, specs=book.config.vq_specs())
