@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
@@ -29,6 +30,32 @@ def write_csv(path: Path, rows: Sequence[dict], device: torch.device | str) -> N
         writer = csv.DictWriter(file, [*rows[0], *common])
         writer.writeheader()
         writer.writerows({**row, **common} for row in rows)
+
+
+def append_csv(path: Path, row: dict, device: torch.device | str) -> None:
+    """Adds one row to a CSV that several processes may be writing, with `environment` after it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {**row, **environment(device)}
+    with path.open("a+", newline="", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header is not None and header != list(row):
+            raise ValueError(
+                f"{path} has the columns {', '.join(header)}, not {', '.join(row)}: write to another folder"
+            )
+        writer = csv.DictWriter(file, list(row))
+        if header is None:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV as text, in order; none if there is no such file yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def print_table(rows: Sequence[dict]) -> None:

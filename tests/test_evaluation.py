@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from helpers import random_codebook
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig
 from antkv_hf.anchors import get_score
@@ -314,6 +314,17 @@ def test_baseline(llama, ids, backend, module):
     rows = evaluate(llama, None, wide, baselines=[f"{backend}-int4"])
     assert rows[1].protocol == "cache" and rows[1].ratio == pytest.approx(1.0, abs=0.05)
     assert 4 < rows[1].bits < 6 and rows[1].bits_with_window >= rows[1].bits
+
+
+def test_fp8_baseline(llama, ids):
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        with pytest.raises(ImportError, match="fp8 needs a newer transformers"):
+            quantized_cache("fp8", llama.config)
+        return
+    rows = evaluate(llama, None, ids[:1], baselines=["fp8"])
+    assert rows[1].ratio == pytest.approx(1.0, abs=0.01) and rows[1].perplexity != rows[0].perplexity
+    scales = 3 * 2 * 32  # a float32 number for the keys and one for the values of each layer
+    assert rows[1].bits == pytest.approx(8 + scales / (3 * 2 * 2 * 16 * 300)) == rows[1].bits_with_window
 
 
 def test_tensor_bytes():

@@ -21,6 +21,7 @@ def learn_tables(
     rotary: Rotary | None = None,
     iterations: int = 10,
     seed: int = 0,
+    weighted: bool = True,
 ) -> tuple[VQTables, float]:
     """Metric, weights, basis and centroids of one layer (RECIPE definitions 2 to 5).
 
@@ -28,6 +29,7 @@ def learn_tables(
         x, gradients: samples ``(kv_heads, n, head_dim)`` float32, keys before RoPE or values.
         exclude: bool ``(kv_heads, n)``, the set X.
         rotary: for keys before RoPE: their channel pairs stay together in a permutation. None: dense basis.
+        weighted: False gives all tokens outside X the same weight (the metric stays).
 
     Returns:
         Tables on the CPU, and the relative error sum_j w_j |x_j - x^_j|^2 / sum_j w_j |x_j - mu|^2 in the metric (its
@@ -37,7 +39,10 @@ def learn_tables(
     groups = spec.groups(dim)
     metric = gradient_metric(gradients, exclude)
     root, inverse_root = metric_roots(metric)
-    weights = token_weights(gradients, inverse_root, exclude, power=1.0 if spec.stages == 1 else 0.5)
+    if weighted:
+        weights = token_weights(gradients, inverse_root, exclude, power=1.0 if spec.stages == 1 else 0.5)
+    else:
+        weights = (~exclude).to(x.dtype)
     mean, covariance = weighted_moments(x, weights)
     mean = mean.float()
     centered = x - mean.to(x.device).unsqueeze(1)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, QuantizedCache
+import transformers
+from transformers import PreTrainedConfig, QuantizedCache, cache_utils
 from transformers.cache_utils import Cache
 
 
@@ -15,15 +16,20 @@ def quantized_cache(name: str, model_config: PreTrainedConfig) -> Callable[[], C
     """A factory of ``transformers.QuantizedCache``s (its defaults: group size 64, residual length 128).
 
     Args:
-        name: ``<backend>-int<bits>``, e.g. ``quanto-int4``, ``quanto-int2``, ``hqq-int4``.
+        name: ``<backend>-int<bits>``, e.g. ``quanto-int4``, ``quanto-int2``, ``hqq-int4``, or ``fp8`` (e4m3 with one
+            scale for a layer's keys and one for its values, no residual).
 
     Raises:
         ValueError: for a name of another form, or bits that the backend does not have.
-        ImportError: if the backend is not installed.
+        ImportError: if the backend is not installed, or this transformers has no fp8 cache.
     """
+    if name == "fp8":
+        if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+            raise ImportError(f"baseline fp8 needs a newer transformers than {transformers.__version__}, e.g. 5.23.0")
+        return lambda: QuantizedCache("fp8", model_config)
     match = re.fullmatch(r"(quanto|hqq)-int(\d)", name)
     if not match:
-        raise ValueError(f"baseline {name!r} is unknown; write quanto-int4, quanto-int2, hqq-int4 or hqq-int2")
+        raise ValueError(f"baseline {name!r} is unknown; write quanto-int4, quanto-int2, hqq-int4, hqq-int2 or fp8")
     backend, bits = match[1], int(match[2])
     axis = 0 if backend == "quanto" else 1  # of the two axes that each takes, the one that works at 4 bits
 
@@ -52,7 +58,10 @@ def cache_bits(cache: Cache) -> tuple[float, float]:
         exact_bytes += tensor_bytes((held.keys, held.values))
         exact_elements += held.keys.numel() + held.values.numel()
         for stored in (held._quantized_keys, held._quantized_values):
-            shape = stored[1]["shape"] if isinstance(stored, tuple) else stored.shape
+            if isinstance(stored, tuple):  # hqq: codes and a dict of what goes with them; fp8: numbers and their scale
+                shape = stored[1]["shape"] if isinstance(stored[1], dict) else stored[0].shape
+            else:
+                shape = stored.shape
             quantized_elements += int(torch.Size(shape).numel())
     bits = 8 * quantized_bytes / max(quantized_elements, 1)
     return bits, 8 * (quantized_bytes + exact_bytes) / max(quantized_elements + exact_elements, 1)

@@ -115,6 +115,7 @@ def evaluate(
     makers = {name: quantized_cache(name, model.config) for name in baselines}  # fails before any long work
 
     rows: list[EvaluationRow] = []
+    plain = partial(one_shot_losses, model, last=last)
 
     def measure(method: str, protocol: str, bits: tuple[float, float], run: Callable[..., torch.Tensor]) -> None:
         start = time.perf_counter()
@@ -124,9 +125,9 @@ def evaluate(
             if progress is not None:
                 progress(f"{method} {protocol}", min(first + batch_size, count), count)
         perplexity = math.exp(torch.cat(losses).double().mean().item())
-        plain = perplexity if protocol == "FP" else next((r.perplexity for r in rows if r.protocol == "FP"), None)
+        exact = perplexity if protocol == "FP" else next((r.perplexity for r in rows if r.protocol == "FP"), None)
         counted = length - 1 if last is None else last
-        ratio = None if plain is None else perplexity / plain
+        ratio = None if exact is None else perplexity / exact
         seconds = time.perf_counter() - start
         rows.append(
             EvaluationRow(method, protocol, text_name, count, length, counted, perplexity, ratio, *bits, seconds)
@@ -135,8 +136,7 @@ def evaluate(
     with torch.no_grad():
         dense_bits = 8.0 * torch.empty(0, dtype=model.dtype).element_size()
         if any(p.name == "FP" for p in wanted):
-            run = _one_shot(model, last)
-            measure(str(model.dtype).removeprefix("torch."), "FP", (dense_bits, dense_bits), run)
+            measure(str(model.dtype).removeprefix("torch."), "FP", (dense_bits, dense_bits), plain)
         for protocol in (p for p in wanted if p.name != "FP"):
             assert config is not None
             here = config.replace(window=protocol.window) if protocol.window else config
@@ -145,7 +145,7 @@ def evaluate(
             method = here.codec_name
             if protocol.one_shot:
                 with ProtocolEvaluator(model, protocol, here, codebook).active():
-                    measure(method, protocol.name, bits, _one_shot(model, last))
+                    measure(method, protocol.name, bits, plain)
             else:
                 with _fast_lane(model):
                     measure(method, protocol.name, bits, lambda x, make=make: cache_losses(model, x, make(), last))
@@ -165,6 +165,18 @@ def perplexity(
 ) -> float:
     """Perplexity of one protocol on token windows ``(count, window)``; `options` as in `evaluate`."""
     return evaluate(model, None, windows, codebook, config, protocols=[protocol], **options)[0].perplexity
+
+
+@torch.no_grad()
+def one_shot_losses(model: PreTrainedModel, ids: torch.Tensor, last: int | None = None) -> torch.Tensor:
+    """Token losses of `ids` ``(batch, n)`` in one plain forward, or one inside `ProtocolEvaluator.active`.
+
+    Returns:
+        float32 ``(batch, n - 1)``, or the last `last` of them.
+    """
+    keep = ids.shape[1] if last is None else last + 1
+    logits = model(ids, use_cache=False, logits_to_keep=keep).logits
+    return _losses(logits[:, :-1], ids[:, ids.shape[1] - keep + 1 :])
 
 
 @torch.no_grad()
@@ -198,15 +210,6 @@ def real_bits(model: PreTrainedModel, ids: torch.Tensor, make: Callable[[], Cach
         footprint = cache.memory_footprint()
         return footprint.bits_per_element, footprint.bits_per_element_with_window
     return cache_bits(cache)
-
-
-def _one_shot(model: PreTrainedModel, last: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    def run(ids: torch.Tensor) -> torch.Tensor:
-        keep = ids.shape[1] if last is None else last + 1
-        logits = model(ids, use_cache=False, logits_to_keep=keep).logits
-        return _losses(logits[:, :-1], ids[:, ids.shape[1] - keep + 1 :])
-
-    return run
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor, rows: int = 512) -> torch.Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,25 +80,64 @@ class Protocol:
         return self.window is not None
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """One layer's attention in a one-shot forward: all that decides what is read back.
+
+    Args:
+        layer: index of the layer.
+        query: ``(batch, q_heads, n, head_dim)`` after RoPE.
+        keys, values: ``(batch, kv_heads, n, dim)``, keys after RoPE.
+        window: most recent keys of each query that stay exact; 0 for W0.
+        scale, softcap, sink_logit: of the attention, see `reference.attention`.
+    """
+
+    layer: int
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    window: int
+    scale: float
+    softcap: float | None = None
+    sink_logit: torch.Tensor | None = None
+
+
+# keys (after RoPE) and values as they are read once coded, ``(batch, kv_heads, n, dim)`` float32
+ReadBack = Callable[[AttentionCall], tuple[torch.Tensor, torch.Tensor]]
+
+
 class ProtocolEvaluator:
     """Gives a model the attention of a one-shot protocol for as long as `active` is entered.
 
     Args:
         model: any loaded causal language model that `AnTKVCache` accepts.
-        config, codebook: as for `AnTKVCache`; the same layers are quantized by the same codecs.
         protocol: W0 or S<n>.
+        config, codebook: as for `AnTKVCache`; the same layers are quantized by the same codecs.
+        read_back: another way to quantize, measured by the same protocol; of `config` only the layers count then.
+        query_stride: every how many-th query scores a token far before it, as `AnchorConfig.query_stride`; by default
+            all do, whatever the config says. S128 looks at no query that is far.
 
     Raises:
         ValueError: as `AnTKVCache`, or for a protocol that is not a one-shot one.
     """
 
     def __init__(
-        self, model: PreTrainedModel, protocol: Protocol, config: AnTKVConfig | None, codebook: AnTKVCodebook | None
+        self,
+        model: PreTrainedModel,
+        protocol: Protocol,
+        config: AnTKVConfig | None = None,
+        codebook: AnTKVCodebook | None = None,
+        *,
+        read_back: ReadBack | None = None,
+        query_stride: int = 1,
     ):
         if protocol.window is None:
             raise ValueError(f"protocol {protocol.name} is no one-shot protocol; use W0 or S<window>")
+        if read_back is not None and config is None:
+            config = AnTKVConfig.preset("identity")
         cache = AnTKVCache(model.config, config, codebook)
         self.model, self.protocol, self.config = model, protocol, cache.antkv_config
+        self.read_back, self.query_stride = read_back or self._read_back, query_stride
         self.plans: dict[int, LayerPlan] = {
             i: layer.plan for i, layer in enumerate(cache.layers) if isinstance(layer, AnTKVLayer)
         }
@@ -118,15 +157,21 @@ class ProtocolEvaluator:
     @torch.no_grad()
     def attend(self, layer: int, query, keys, values, scale: float, softcap=None, sink_logit=None) -> torch.Tensor:
         """Causal attention of a layer: query ``(batch, q_heads, n, dim)`` -> ``(batch, q_heads, n, value_dim)``."""
-        plan, window = self.plans[layer], self.protocol.window
+        window = self.protocol.window
         assert window is not None
-        codec = plan.codec(keys.device, keys.shape[1], keys.shape[3], values.shape[3])
         with torch.autocast(query.device.type, enabled=False):
-            read_keys, read_values = read_back(
-                codec, self.config, window, query, keys, values, scale, softcap, sink_logit
-            )
-            out = windowed_attention(query, keys, values, read_keys, read_values, window, scale, softcap, sink_logit)
+            call = AttentionCall(layer, query, keys, values, window, scale, softcap, sink_logit)
+            out = windowed_attention(query, keys, values, *self.read_back(call), window, scale, softcap, sink_logit)
         return out.to(query.dtype)
+
+    def _read_back(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache's own codecs, anchors and sinks give back."""
+        keys, values = call.keys, call.values
+        codec = self.plans[call.layer].codec(keys.device, keys.shape[1], keys.shape[3], values.shape[3])
+        return read_back(
+            codec, self.config, call.window, call.query, keys, values, call.scale, call.softcap, call.sink_logit,
+            self.query_stride,
+        )  # fmt: skip
 
 
 _ACTIVE: contextvars.ContextVar[ProtocolEvaluator] = contextvars.ContextVar("antkv_evaluation")
@@ -168,7 +213,9 @@ AttentionInterface.register(NAME, evaluation_attention_forward)
 AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-def read_back(codec: LayerCodec, config: AnTKVConfig, window: int, query, keys, values, scale, softcap, sink_logit):
+def read_back(
+    codec: LayerCodec, config: AnTKVConfig, window: int, query, keys, values, scale, softcap, sink_logit, stride=1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys (after RoPE) and values ``(batch, kv_heads, n, dim)`` float32 as a cache gives them back once coded."""
     n, device = keys.shape[2], keys.device
     offset = torch.zeros(keys.shape[0], dtype=torch.int64, device=device)
@@ -181,7 +228,7 @@ def read_back(codec: LayerCodec, config: AnTKVConfig, window: int, query, keys, 
     if config.anchors.enabled and score is not None:
         scaling = 1.0 if codec.rotary is None else codec.rotary.scaling
         errors = (coded.key_error * scaling**2, coded.value_error)
-        index = choose_anchors(score, config, window, query, keys, values, errors, scale, softcap, sink_logit)
+        index = choose_anchors(score, config, window, query, keys, values, errors, scale, softcap, sink_logit, stride)
         if coded.scales is not None:
             chosen = torch.zeros(*keys.shape[:2], n + 1, dtype=torch.bool, device=device)
             chosen.scatter_(2, index.masked_fill(index < 0, n), True)
@@ -228,8 +275,9 @@ def _first_scales(codec: LayerCodec, config: AnTKVConfig, keys, values, sinks: i
 
 
 def choose_anchors(
-    score: AnchorScore, config: AnTKVConfig, window: int, query, keys, values, errors, scale, softcap, sink_logit
-) -> torch.Tensor:
+    score: AnchorScore, config: AnTKVConfig, window: int, query, keys, values, errors, scale, softcap, sink_logit,
+    stride: int = 1,
+) -> torch.Tensor:  # fmt: skip
     """Positions of the anchors ``(batch, kv_heads, m)`` int64, -1 for an empty slot.
 
     With window 0 (W0) the whole text is one chunk that all queries score. Otherwise chunk c is scored by queries up to
@@ -247,8 +295,8 @@ def choose_anchors(
         limit = None if not window else last_query.repeat_interleave(chunk)[:n]
         view = Visibility(None, n > 1, n, n)
         statistic = column_statistic(
-            score.term, q, keys, values, out, lse, view, 0, scale, softcap, last_query=limit
-        )  # fmt: skip
+            score.term, q, keys, values, out, lse, view, 0, scale, softcap, last_query=limit, stride=stride
+        )
     moment = (q.square().sum(-1) * (scale**2 / q.shape[-1])).mean(2).cumsum(-1)  # (batch, kv_heads, n)
     variance = moment[..., last_query] / (last_query + 1)  # mean over the queries seen, (batch, kv_heads, chunks)
     scores = []

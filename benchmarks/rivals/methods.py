@@ -1,0 +1,118 @@
+"""The methods of `benchmarks/quality.py` by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from antkv_hf import AnTKVCodebook, AnTKVConfig
+from antkv_hf.config import VQSpec
+
+from .kvquant import KVQuant
+from .measuring import Subject
+from .scalar import Fp8, Kivi, TurboQuant
+from .statistics import Statistics, locked, rotaries
+from .tables import ANTKV_ANCHORS, NO_ANCHORS, LearnRole, contiguous, learned, own
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is built from; `statistics` calls for them only when a method has tables to learn."""
+
+    model: PreTrainedModel
+    statistics: Callable[[], Statistics]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table.
+
+    Args:
+        name: with its bits, as in the table. family: methods that one line of the plot joins.
+        build: makes the subject, learning tables where it has any.
+        protocols: those that it can be measured by.
+        specs: vector codecs, whose sub-vectors must fit the model's heads.
+        random: False for a method that no seed changes.
+    """
+
+    name: str
+    family: str
+    build: Callable[[Setting], Subject]
+    protocols: tuple[str, ...] = ("W0", "S128")
+    specs: tuple[VQSpec, ...] = ()
+    random: bool = False
+
+
+def _rival(name: str, family: str, make: Callable, random: bool = False) -> Method:
+    return Method(name, family, lambda setting: Subject(rival=make(setting)), random=random)
+
+
+def _codebook(name: str, family: str, config: AnTKVConfig, learn: Callable[[Statistics], LearnRole]) -> Method:
+    def build(setting: Setting) -> Subject:
+        statistics = setting.statistics()
+        return Subject(config, learned(statistics, name, config, learn(statistics), setting.seed))
+
+    return Method(name, family, build, specs=config.vq_specs(), random=True)
+
+
+def _kvquant(bits: int) -> Callable[[Setting], KVQuant]:
+    def make(setting: Setting) -> KVQuant:
+        statistics = setting.statistics()
+        rotary = rotaries(setting.model)
+        folder = statistics.folder / "learned"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"kvquant-{bits}bit-seed{setting.seed}-{statistics.hash}.safetensors"
+        with locked(path.with_suffix(".lock")):
+            if not path.exists():
+                save_file(KVQuant.learn(statistics, bits, rotary, setting.seed).tables, path.with_suffix(".part"))
+                path.with_suffix(".part").replace(path)
+        return KVQuant(load_file(path), bits, rotary)
+
+    return make
+
+
+def all_methods() -> dict[str, Method]:
+    """Every method but codebooks given by path, in the order of the table."""
+    found = [_rival("fp8", "fp8", lambda setting: Fp8())]
+    for name in ("fp8", "quanto-int4", "quanto-int2", "hqq-int4", "hqq-int2"):
+        build = lambda setting, name=name: Subject(baseline=name)
+        found.append(Method(f"transformers-{name}", f"transformers {name.partition('-')[0]}", build, ("cache",)))
+    for bits in (4, 2):
+        found.append(_rival(f"kivi-{bits}bit", "KIVI", lambda setting, bits=bits: Kivi(bits)))
+    for bits in (4, 2):
+        config = AnTKVConfig.preset(f"ott-{bits}bit")
+        found.append(Method(f"ott-{bits}bit", "OTT preset", lambda setting, config=config: Subject(config)))
+    for bits in (4, 3, 2):
+        make = lambda setting, bits=bits: TurboQuant(bits, setting.seed)
+        found.append(_rival(f"turboquant-{bits}bit", "TurboQuant-like", make, random=True))
+    for bits in (2, 1):
+        found.append(_rival(f"kvquant-{bits}bit", "KVQuant-like, 1%", _kvquant(bits), random=True))
+    for bits in (4, 2, 1):
+        config = AnTKVConfig.preset(f"{bits}bit", anchors=NO_ANCHORS)
+        for name, weights in (("cq", "one"), ("cq-fisher", "fisher")):
+            family = "CQ" if weights == "one" else "CQ, Fisher"
+            found.append(
+                _codebook(f"{name}-{bits}bit", family, config, lambda s, weights=weights: contiguous(s, weights))
+            )
+    published = {"key": "anchor_score", "value": "accumulated_attention"}
+    for spec, bits in (("d8b8", "1"), ("d32b12", "0.375")):
+        config = AnTKVConfig(VQSpec.parse(spec), VQSpec.parse(spec), anchors=ANTKV_ANCHORS)
+        learn = lambda s: contiguous(s, published)
+        found.append(_codebook(f"antkv-paper-{bits}bit", "AnTKV as published", config, learn))
+    for bits in ("4", "2", "1", "0.5"):
+        config = AnTKVConfig.preset(f"{bits}bit")
+        found.append(_codebook(f"ours-{bits}bit", "ours, k-means", config, own))
+    return {method.name: method for method in found}
+
+
+def given_codebook(text: str) -> Method:
+    """A codebook by its folder or shipped name, with its own config; ``NAME=PATH`` calls it otherwise."""
+    name, equals, path = text.rpartition("=")
+    book = AnTKVCodebook.from_pretrained(path)
+    build = lambda setting: Subject(book.config, book)
+    return Method(name if equals else Path(path).name, "ours, codebooks given", build, specs=book.config.vq_specs())
