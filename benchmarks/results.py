@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,40 @@ def write_csv(path: Path, rows: Sequence[dict], device: torch.device | str) -> N
         writer = csv.DictWriter(file, [*rows[0], *common])
         writer.writeheader()
         writer.writerows({**row, **common} for row in rows)
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Adds `row` to a CSV that several processes may write to; the first one gives it its header.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not path.stat().st_size:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, [*row]).writeheader()
+    with path.open(newline="", encoding="utf-8") as file:
+        columns = next(csv.reader(file))
+    if columns != [*row]:
+        raise ValueError(f"{path} has the columns {', '.join(columns)}, not {', '.join(row)}: move it out of the way")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, columns).writerow(row)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def wilson(correct: int, of: int) -> tuple[float, float]:
+    """95% confidence interval of a share of successes (Wilson, 1927)."""
+    z2, share = 1.959964**2, correct / of
+    middle = (share + z2 / (2 * of)) / (1 + z2 / of)
+    half = math.sqrt(z2 * (share * (1 - share) / of + z2 / (4 * of * of))) / (1 + z2 / of)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def print_table(rows: Sequence[dict]) -> None:
