@@ -18,6 +18,7 @@ import humaneval
 import passkey
 import tasks
 from answering import Answer, CacheKind, answer_in_batches, append_answers, cache_kind, read_answers, tokenized
+from helpers import random_codebook
 from results import append_row, read_rows, wilson
 from sandbox import run_program
 from tiny_tasks import QUESTIONS, tiny_model, tiny_tasks, tiny_tokenizer
@@ -198,8 +199,20 @@ def test_identity_cache_answers_as_dynamic_cache(model):
         assert fp == own and len(fp) == len(task.problems)
 
 
-def _texts(model, tokenizer, task, kind, batch, tokens=10**6) -> dict[str, str]:
-    found = answer_in_batches(model, tokenizer, task, task.problems, kind, batch=batch, batch_tokens=tokens)
+def test_memory_set_aside_gives_the_same_answers(model, tmp_path):
+    """What --cuda-graphs does, here without a GPU: a cache of fixed length, decoded by `antkv_generate`."""
+    random_codebook(model, AnTKVConfig.preset("1bit", window=32, chunk=32)).save_pretrained(tmp_path / "book")
+    kind, tokenizer = cache_kind(str(tmp_path / "book"), model.config), tiny_tokenizer()
+    assert kind.name == "book" and kind.can_replay and not cache_kind("ott-4bit", model.config).can_replay
+    for task in tiny_tasks(["gsm8k", "passkey"], True, _counter(tokenizer, True)):
+        grown, fixed = (_texts(model, tokenizer, task, kind, 2, cuda_graphs=graphs) for graphs in (False, True))
+        assert grown == fixed
+    with pytest.raises(FileNotFoundError, match="no codebook 'bok'"):
+        cache_kind("bok", model.config)
+
+
+def _texts(model, tokenizer, task, kind, batch, **options) -> dict[str, str]:
+    found = answer_in_batches(model, tokenizer, task, task.problems, kind, batch=batch, batch_tokens=10**6, **options)
     return {answer.problem: answer.text for answers in found for answer in answers}
 
 
