@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.metadata
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,9 +41,13 @@ def append_row(path: Path, row: dict) -> None:
         ValueError: the file has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or not path.stat().st_size:
-        with path.open("a", newline="", encoding="utf-8") as file:
+    if not path.exists():
+        header = path.with_name(f"{path.name}.{os.getpid()}")
+        with header.open("w", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, [*row]).writeheader()
+        with contextlib.suppress(FileExistsError):  # another process was first
+            os.link(header, path)
+        header.unlink()
     with path.open(newline="", encoding="utf-8") as file:
         columns = next(csv.reader(file))
     if columns != [*row]:

@@ -34,6 +34,7 @@ from transformers import GenerationConfig
 from antkv_hf.demo_model import load_model
 
 TASKS = ("humaneval", "gsm8k", "passkey")
+KEY = ("model", "task", "prompt", "cache", "dtype", "max_new_tokens", "steps")
 SHOWN = ("task", "cache", "percent", "low", "high", "correct", "problems", "bits", "tokens_a_second", "by_group")
 
 
@@ -66,7 +67,7 @@ class Run:
             dtype=str(dtype).removeprefix("torch."), max_new_tokens=task.max_new_tokens,
             steps="graphs" if arguments.cuda_graphs and kind.can_replay else "eager",
         )  # fmt: skip
-        self.name = re.sub(r"[^\w.-]+", "_", "-".join(map(str, self.key.values())))
+        self.name = _file_name(self.key)
 
     @property
     def file(self) -> Path:
@@ -112,6 +113,25 @@ class Run:
         print(f"{self.task.name}, {self.kind.name}: {correct} of {len(scores)}", flush=True)
 
 
+def against_fp(folder: Path, row: dict[str, str]) -> str:
+    """``-3 +1``: of the problems, 3 that fp has right and this cache has not, and 1 the other way round."""
+    key = {name: row[name] for name in KEY}
+    own, fp = (
+        folder / f"{_file_name(key | changes)}.scored.jsonl" for changes in ({}, {"cache": "fp", "steps": "eager"})
+    )
+    if own == fp or not own.exists() or not fp.exists():
+        return ""
+    scored = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (own, fp)]
+    right, wanted = ({line["problem"]: line["correct"] for line in lines} for lines in scored)
+    lost = sum(wanted[name] and not right[name] for name in right.keys() & wanted.keys())
+    gained = sum(right[name] and not wanted[name] for name in right.keys() & wanted.keys())
+    return f"-{lost} +{gained}"
+
+
+def _file_name(key: dict) -> str:
+    return re.sub(r"[^\w.-]+", "_", "-".join(map(str, key.values())))
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parsed(argv)
     if arguments.tiny:
@@ -121,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
         model, tokenizer = load_model(arguments.model, dtype=getattr(torch, dtype))
         model = model.to(device)
-    # Greedy, whatever the model's own defaults (a repetition penalty, say) are: they would not be merged in then.
+    # transformers fills what a call leaves open from the model's own defaults, a repetition penalty for instance.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     chat = tokenizer.chat_template is not None and not arguments.completion
 
@@ -150,7 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         for done in scoring:
             done.result()
     if rows := read_rows(table):
-        print_table([{name: _rounded(row[name]) for name in SHOWN} for row in rows])
+        folder = arguments.out / "answers"
+        print_table([{n: _rounded(row[n]) for n in SHOWN} | {"against_fp": against_fp(folder, row)} for row in rows])
 
 
 def answer_rest(model, tokenizer, run: Run, arguments: argparse.Namespace) -> None:

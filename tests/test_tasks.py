@@ -190,6 +190,7 @@ def test_identity_cache_answers_as_dynamic_cache(model):
     """One by one, and in batches padded on the left; with and without a text that is read first."""
     tokenizer, identity = tiny_tokenizer(), AnTKVConfig.preset("identity")
     for task in tiny_tasks(["gsm8k", "passkey"], True, _counter(tokenizer, True)):
+        del task.problems[3:]
         task.problems[0] = dataclasses.replace(task.problems[0], prompt=task.problems[0].prompt + " Think twice.")
         kinds = [
             cache_kind("fp", model.config),
@@ -205,6 +206,7 @@ def test_memory_set_aside_gives_the_same_answers(model, tmp_path):
     kind, tokenizer = cache_kind(str(tmp_path / "book"), model.config), tiny_tokenizer()
     assert kind.name == "book" and kind.can_replay and not cache_kind("ott-4bit", model.config).can_replay
     for task in tiny_tasks(["gsm8k", "passkey"], True, _counter(tokenizer, True)):
+        del task.problems[2:]
         grown, fixed = (_texts(model, tokenizer, task, kind, 2, cuda_graphs=graphs) for graphs in (False, True))
         assert grown == fixed
     with pytest.raises(FileNotFoundError, match="no codebook 'bok'"):
@@ -286,6 +288,16 @@ def test_shards(tmp_path):
     assert row["problems"] == "2" and row["batch"] == "1"
     with pytest.raises(SystemExit):
         tasks.main([*arguments, "--shard", "2/2"])
+
+
+def test_against_fp(tmp_path):
+    row = dict(model="m", task="t", prompt="chat", cache="my 1bit", dtype="float32", max_new_tokens="9", steps="graphs")
+    for name, correct in (("m-t-chat-fp-float32-9-eager", "1101"), ("m-t-chat-my_1bit-float32-9-graphs", "1010")):
+        lines = [json.dumps({"problem": str(i), "correct": c == "1"}) for i, c in enumerate(correct)]
+        (tmp_path / f"{name}.scored.jsonl").write_text("\n".join(lines))
+    assert tasks.against_fp(tmp_path, row) == "-2 +1"
+    assert tasks.against_fp(tmp_path, row | {"cache": "fp", "steps": "eager"}) == ""
+    assert tasks.against_fp(tmp_path, row | {"cache": "other"}) == ""
 
 
 def test_table(tmp_path):
