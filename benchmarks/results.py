@@ -6,6 +6,7 @@ import csv
 import fcntl
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,10 +33,14 @@ def write_csv(path: Path, rows: Sequence[dict], device: torch.device | str) -> N
         writer.writerows({**row, **common} for row in rows)
 
 
-def append_csv(path: Path, row: dict, device: torch.device | str) -> None:
-    """Adds one row to a CSV that several processes may be writing, with `environment` after it."""
+def append_csv(path: Path, row: dict, device: torch.device | str | None = None) -> None:
+    """Adds one row to a CSV that several processes may be writing, with the `environment` of `device` after it.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    row = {**row, **environment(device)}
+    row = row if device is None else {**row, **environment(device)}
     with path.open("a+", newline="", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -56,6 +61,14 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def wilson(correct: int, of: int) -> tuple[float, float]:
+    """95% confidence interval of a share of successes (Wilson, 1927)."""
+    z2, share = 1.959964**2, correct / of
+    middle = (share + z2 / (2 * of)) / (1 + z2 / of)
+    half = math.sqrt(z2 * (share * (1 - share) / of + z2 / (4 * of * of))) / (1 + z2 / of)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def print_table(rows: Sequence[dict]) -> None:
