@@ -43,8 +43,7 @@ DEVICE void turn_queries(const Arguments& a, int b, int h, int first, int last, 
       const int pair = eight * 4 + two * 2 + k;
       x[k] = y[k] = 0.0f;
       if (row < rows) {
-        const uint16_t* q = a.query + b * a.query_stride_b + (int64_t)(h * a.group + row / a.q_len) * a.query_stride_h +
-                            (row % a.q_len) * a.query_stride_n;
+        const uint16_t* q = query_of_row(a, b, h, row);
         x[k] = load_16(q + a.channels[h * S::D + 2 * pair], a.query_is_bfloat) * a.scale_log2;
         y[k] = load_16(q + a.channels[h * S::D + 2 * pair + 1], a.query_is_bfloat) * a.scale_log2;
         if (S::ROTATES) x[k] *= a.pair_scale[h * (S::D / 2) + pair], y[k] *= a.pair_scale[h * (S::D / 2) + pair];

@@ -18,8 +18,7 @@ DEVICE void store_query(const Arguments& a, int b, int h, bool neighbours, uint3
     const int row = i / (S::D / 4), eight = i % (S::D / 4) / 2, two = i % 2;
     float x[2] = {}, y[2] = {}, scale[2] = {};
     if (row < rows) {
-      const uint16_t* q = a.query + b * a.query_stride_b + (int64_t)(h * a.group + row / a.q_len) * a.query_stride_h +
-                          (row % a.q_len) * a.query_stride_n;
+      const uint16_t* q = query_of_row(a, b, h, row);
       for (int k = 0; k < 2; k++) {
         const int at = eight * 4 + two * 2 + k;
         const uint32_t channels =

@@ -42,6 +42,12 @@ constexpr int SPANS_AHEAD = 16;  // spans whose queries are turned at a time
 
 DEVICE float load_16(const uint16_t* p, int is_bfloat) { return is_bfloat ? bfloat_to_float(*p) : half_to_float(*p); }
 
+// The query of a row of a kv head: rows are (query head of the group, query token).
+DEVICE const uint16_t* query_of_row(const Arguments& a, int b, int h, int row) {
+  return a.query + b * a.query_stride_b + (int64_t)(h * a.group + row / a.q_len) * a.query_stride_h +
+         (row % a.q_len) * a.query_stride_n;
+}
+
 // Sine and cosine of a position's angle: whole turns are taken off first. To 1e-5 up to a million radians.
 DEVICE void sin_cos(float angle, float& sine, float& cosine) {
   float turns = round_to_even(angle * 0.15915494309189535f);
