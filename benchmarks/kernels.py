@@ -209,32 +209,37 @@ def _row(
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Left: speedup of decode attention over the best SDPA; right: time of prefill's pieces over flash attention."""
+    """Speedup of decode attention over the best SDPA, a panel a batch; time of prefill's pieces over flash's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5))
-    for panel, column, title in (
-        (panels[0], "speedup_over_sdpa", "decode attention: speedup over the best SDPA"),
-        (panels[1], "time_over_flash", "prefill: time over flash attention's"),
-    ):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for row in rows:
-            if row[column] is None or row["kernel"] in (*BACKENDS, "flash attention"):
-                continue
-            what = f"{row['kernel']}, batch {row['batch']}" if column == "speedup_over_sdpa" else row["kernel"]
-            bits = f", {row['bits']:g} bit" if row["bits"] != 16 else ""
-            lines.setdefault(what + bits, []).append((row["n"], row[column]))
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        if row["kernel"] in (*BACKENDS, "flash attention"):
+            continue
+        bits = f", {row['bits']:g} bit" if row["bits"] != 16 else ""
+        for column, title in (
+            ("speedup_over_sdpa", f"decode, batch {row['batch']}: speedup over the best SDPA"),
+            ("time_over_flash", "prefill: time over flash attention's"),
+        ):
+            if row[column] is not None:
+                lines = panels.setdefault(title, {})
+                lines.setdefault(row["kernel"] + bits, []).append((row["n"], row[column]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for label, points in lines.items():
-            panel.plot(*zip(*sorted(points)), marker="o", label=label)
-        panel.axhline(1.0, color="gray", linewidth=0.8)
-        panel.set(xlabel="tokens", title=title)
-        panel.set_xscale("log", base=2)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
-    panels[1].set_yscale("log")
+            style = "--" if "Triton" in label else "-"
+            axis.plot(*zip(*sorted(points)), marker="o", linestyle=style, label=label.removeprefix("decode_attention "))
+        axis.axhline(1.0, color="gray", linewidth=0.8)
+        axis.set(xlabel="tokens", title=title, xscale="log", yscale="log" if title.startswith("prefill") else "linear")
+        axis.set_xticks(
+            ticks := sorted({n for points in lines.values() for n, _ in points}), [f"{n >> 10}K" for n in ticks]
+        )
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

@@ -18,11 +18,12 @@ EMULATOR = Path(__file__).parent / "emulator"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator of CUDA needs g++")
 # key, value, head_dim, query heads a kv head, q_len, batch, coded, tail, RoPE, softcap, anchors
 CASES = [
-    ("d8b8", "d8b8", 128, 4, 1, 1, 416, 17, "half", None, "int8"),
-    ("d8b8", "d16b8", 128, 3, 1, 2, 160, 5, "interleaved", None, "float16"),
-    ("d8b8", "d8b8", 128, 2, 4, 1, 416, 9, "scaled", 20.0, "int8"),
-    ("d16b8", "d8b8", 64, 3, 1, 2, 288, 5, "partial", None, "int8"),
-    ("d16b8", "d16b8", 64, 7, 1, 1, 16, 1, "none", None, "float16"),
+    ("d8b8", "d8b8", 128, 4, 1, 1, 544, 17, "half", None, "int8"),
+    ("d4b8", "d4b8", 128, 3, 1, 2, 160, 5, "interleaved", None, "float16"),
+    ("d4b8", "d8b8", 128, 2, 4, 1, 416, 9, "scaled", 20.0, "int8"),
+    ("d2b8", "d2b8", 128, 8, 1, 1, 168, 9, "half", None, "int8"),
+    ("d2b8", "d4b8", 64, 3, 1, 2, 288, 5, "partial", None, "int8"),
+    ("d16b8", "d16b8", 64, 7, 1, 1, 24, 1, "none", None, "float16"),
 ]
 
 
@@ -50,7 +51,7 @@ def tables(past):
 def make_case(case, dtype, device="cpu", heads=2):
     key, value, dim, group, q_len, batch, coded, tail, rope, softcap, anchors = case
     codec = random_codec(key, value, heads, dim, None, rope, device)
-    snapshot = random_snapshot(codec, batch, coded, tail, dtype, chunk=16, anchor_dtype=anchors)
+    snapshot = random_snapshot(codec, batch, coded, tail, dtype, chunk=8, anchor_dtype=anchors)
     query = torch.randn(batch, q_len, heads * group, dim, device=device).to(dtype).transpose(1, 2)
     options = dict(scale=dim**-0.5, softcap=softcap)
     out, lse = attention(snapshot, query, Visibility(None, True, q_len, snapshot.length), options["scale"], softcap)
@@ -75,9 +76,9 @@ def test_emulated_block_equals_the_reference(case, emulated):
         hides_padding=False, splits=splits, blocks=1,
     )  # fmt: skip
     library.run(ctypes.byref(arguments))
-    matrices, wavefronts = ctypes.c_long(), ctypes.c_long()
-    library.counters(ctypes.byref(matrices), ctypes.byref(wavefronts))
-    assert matrices.value == wavefronts.value > 0  # no read of eight rows meets a bank conflict
+    least, wavefronts = ctypes.c_long(), ctypes.c_long()
+    library.counters(ctypes.byref(least), ctypes.byref(wavefronts))
+    assert least.value == wavefronts.value > 0  # no gather meets a bank conflict
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:3])
     merge_splits(partial, state, past.value_tables, None, out, lse)
     assert_near(out, expected, 2e-3)
@@ -136,7 +137,7 @@ def test_lengths_on_the_device_and_hidden_padding(emulated):
 
 
 def test_plan_gives_every_block_work():
-    shape = Shape(128, 1, 1, 1, 12, True, False)
+    shape = Shape(128, 1, 8, 8, 16, True, False)
     for batch, coded in ((1, 1), (1, 4096), (1, 131072), (5, 8192), (16, 131072), (128, 4096), (1000, 128)):
         splits, blocks = plan(shape, coded, batch, 8, 132)
         assert 1 <= splits <= 16 and 1 <= blocks <= min(16, batch * splits)
@@ -147,9 +148,10 @@ def test_what_has_no_kernel_is_refused():
     past = quantized_past(random_snapshot(random_codec("d8b8", "d8b8", 2, 64), 1, 32, 3, torch.float16))
     with pytest.raises(ValueError, match="9 query rows a kv head; 1 to 8 have a kernel"):
         find_shape(*tables(past), 9, False)
-    four_bits = quantized_past(random_snapshot(random_codec("d2b8", "d2b8", 2, 64), 1, 32, 3, torch.float16))
-    with pytest.raises(ValueError, match="1 codes of 8 bits for 2 channels have no CUDA kernel"):
-        find_shape(*tables(four_bits), 4, False)
+    for spec in ("d8b8s2", "d32b8", "d4b6"):
+        other = quantized_past(random_snapshot(random_codec(spec, "d8b8", 2, 64), 1, 32, 3, torch.float16))
+        with pytest.raises(ValueError, match="have no CUDA kernel; one code of 8 bits for 2, 4, 8, 16 channels has"):
+            find_shape(*tables(other), 4, False)
     small = quantized_past(random_snapshot(random_codec("d8b8", "d8b8", 2, 32), 1, 32, 3, torch.float16))
     with pytest.raises(ValueError, match="head sizes 32 and 32"):
         find_shape(*tables(small), 4, False)
@@ -159,7 +161,7 @@ def test_what_has_no_kernel_is_refused():
 def test_compiles_without_a_gpu(architecture):
     core = pytest.importorskip("cuda.core", reason="NVRTC comes with antkv-hf[cuda13]")
     options = core.ProgramOptions(arch=architecture, std="c++17")
-    shape = Shape(128, 1, 1, 1, 12, True, False)
+    shape = Shape(128, 1, 4, 8, 16, True, False)
     assert core.Program(source(shape), "c++", options).compile("cubin").code
 
 

@@ -1,6 +1,7 @@
 // The CUDA decode kernel as a function of a shared library: every block in turn.
 #include "emulator.h"
 
+#include "layout.cuh"
 #include "decode_codes.cuh"
 #include "decode_exact.cuh"
 
@@ -18,12 +19,12 @@ static void one_thread(int thread) { decode<KernelShape>(*arguments, block, thre
 
 extern "C" int shared_bytes() { return KernelShape::BYTES; }
 extern "C" int arguments_bytes() { return sizeof(Arguments); }
-extern "C" void counters(long* matrices, long* wavefronts) {
-  *matrices = emulator::matrices;
+extern "C" void counters(long* least, long* wavefronts) {
+  *least = emulator::least;
   *wavefronts = emulator::wavefronts;
 }
 extern "C" void run(const Arguments* a) {
   arguments = a;
-  emulator::matrices = emulator::wavefronts = 0;
+  emulator::least = emulator::wavefronts = 0;
   for (block = 0; block < a->heads * a->blocks_per_head; block++) emulator::run_block(KernelShape::THREADS, one_thread);
 }

@@ -1,7 +1,8 @@
 // Runs a block of a CUDA kernel on a CPU: every thread is a fiber, and the words of warp.cuh that a warp says together
-// wait for all its lanes. Counts how often reads of 8 x 8 matrices find two rows in one 16-byte column of shared memory.
+// wait for all its lanes. Counts how often the lanes that shared memory serves together read one bank at two places.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -15,9 +16,9 @@
 
 namespace emulator {
 alignas(1024) uint8_t shared[SHARED_BYTES];
-long matrices, wavefronts;
+long least, wavefronts;  // of gathers: how many there must be, how many there are
 
-enum Word { NONE, MATRICES, TRANSPOSED, MULTIPLY_ADD, SHUFFLE_XOR, SHUFFLE, ANY, SYNC };
+enum Word { NONE, GATHER, TRANSPOSE, MULTIPLY_ADD, SHUFFLE_XOR, ANY };
 struct Lane {
   Word word;
   uint32_t address, in[6], out[4];
@@ -61,28 +62,30 @@ inline uint16_t to_half(double x) {
   return out;
 }
 
-inline void read_matrices(Warp& w, bool transposed) {
-  for (int m = 0; m < 4; m++) {
-    int used[8] = {0}, most = 0;
-    uint32_t seen[8];
-    for (int r = 0; r < 8; r++) {
-      const uint32_t address = w.lanes[8 * m + r].address;
-      int column = address / 16 % 8;
-      bool again = false;
-      for (int s = 0; s < r; s++) again |= seen[s] == address;  // the same bytes are read once
-      seen[r] = address;
-      if (!again) used[column]++;
-      if (used[column] > most) most = used[column];
-    }
-    matrices++;
-    wavefronts += most;
-    for (int lane = 0; lane < 32; lane++) {
-      uint16_t pair[2];
-      for (int i = 0; i < 2; i++) {
-        const int row = transposed ? 2 * (lane % 4) + i : lane / 4, column = transposed ? lane / 4 : 2 * (lane % 4) + i;
-        memcpy(&pair[i], at(w.lanes[8 * m + row].address, 16) + 2 * column, 2);
+// All lanes read `argument` words: 8, 16 or 32 lanes are served together, and a bank gives one word at a time.
+inline void gather(Warp& w) {
+  const int words = w.lanes[0].argument;
+  for (int first = 0; first < 32; first += 32 / words) {
+    std::vector<uint32_t> read[32];
+    size_t most = 0;
+    for (int lane = first; lane < first + 32 / words; lane++)
+      for (int k = 0; k < words; k++) {
+        const uint32_t address = w.lanes[lane].address + 4 * k;
+        std::vector<uint32_t>& bank = read[address / 4 % 32];
+        if (std::find(bank.begin(), bank.end(), address) == bank.end()) bank.push_back(address);
+        most = std::max(most, bank.size());
       }
-      w.lanes[lane].out[m] = pair[0] | (uint32_t)pair[1] << 16;
+    least++;
+    wavefronts += most;
+  }
+  for (int lane = 0; lane < 32; lane++) memcpy(w.lanes[lane].out, at(w.lanes[lane].address, 4 * words), 4 * words);
+}
+inline void transpose(Warp& w) {
+  for (int lane = 0; lane < 32; lane++) {
+    w.lanes[lane].out[0] = 0;
+    for (int i = 0; i < 2; i++) {
+      const uint32_t word = w.lanes[(2 * (lane % 4) + i) * 4 + lane / 8].in[0];
+      w.lanes[lane].out[0] |= (word >> (16 * (lane / 4 % 2)) & 0xffffu) << (16 * i);
     }
   }
 }
@@ -116,14 +119,11 @@ inline void answer(Warp& w) {
   bool any = false;
   for (int lane = 0; lane < 32; lane++) values[lane] = w.lanes[lane].c[0], any |= w.lanes[lane].argument != 0;
   switch (w.lanes[0].word) {
-    case MATRICES: read_matrices(w, false); break;
-    case TRANSPOSED: read_matrices(w, true); break;
+    case GATHER: gather(w); break;
+    case TRANSPOSE: transpose(w); break;
     case MULTIPLY_ADD: multiply(w); break;
     case SHUFFLE_XOR:
       for (int lane = 0; lane < 32; lane++) w.lanes[lane].c[0] = values[lane ^ w.lanes[lane].argument];
-      break;
-    case SHUFFLE:
-      for (int lane = 0; lane < 32; lane++) w.lanes[lane].c[0] = values[w.lanes[lane].argument % 32];
       break;
     case ANY:
       for (int lane = 0; lane < 32; lane++) w.lanes[lane].argument = any;
@@ -176,7 +176,6 @@ inline void run_block(int threads, void (*function)(int)) {
 }  // namespace emulator
 
 inline uint32_t shared_address(const void* p) { return (uint32_t)((const uint8_t*)p - emulator::shared); }
-inline void sync_warp() { emulator::together(emulator::SYNC); }
 inline void sync_block() {
   using namespace emulator;
   if (++block_arrived == (int)fibers.size()) {
@@ -186,16 +185,26 @@ inline void sync_block() {
     for (long before = block_generation; block_generation == before;) yield();
   }
 }
-inline void load_matrices(uint32_t address, uint32_t (&r)[4]) {
-  emulator::mine().address = address;
-  memcpy(r, emulator::together(emulator::MATRICES).out, 16);
+inline bool all_of_block(bool x) {
+  static bool all;
+  static long generation = -1;
+  if (generation != emulator::block_generation) generation = emulator::block_generation, all = true;
+  all &= x;
+  sync_block();
+  const bool out = all;
+  sync_block();
+  return out;
 }
-inline void load_settled_matrices(uint32_t address, uint32_t (&r)[4]) { load_matrices(address, r); }
-inline uint32_t settled(uint32_t address) { return address; }
-template <int OFFSET>
-inline void load_settled_transposed(uint32_t address, uint32_t (&r)[4]) {
+template <int OFFSET, int WORDS>
+inline void load_settled(uint32_t address, uint32_t (&r)[WORDS]) {
   emulator::mine().address = address + OFFSET;
-  memcpy(r, emulator::together(emulator::TRANSPOSED).out, 16);
+  emulator::mine().argument = WORDS;
+  memcpy(r, emulator::together(emulator::GATHER).out, 4 * WORDS);
+}
+inline uint32_t settled(uint32_t address) { return address; }
+inline uint32_t transpose_matrix(uint32_t x) {
+  emulator::mine().in[0] = x;
+  return emulator::together(emulator::TRANSPOSE).out[0];
 }
 inline void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   const uint32_t in[6] = {a0, a1, a2, a3, b0, b1};
@@ -203,13 +212,18 @@ inline void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, u
   memcpy(emulator::mine().c, c, sizeof c);
   memcpy(c, emulator::together(emulator::MULTIPLY_ADD).c, sizeof c);
 }
-inline void times_each(uint32_t xy, uint32_t factors, uint32_t& by_low, uint32_t& by_high) {
+inline uint32_t multiply_add_half2(uint32_t a, uint32_t b, uint32_t c) {
   using namespace emulator;
-  uint32_t out[2] = {0, 0};
+  uint32_t out = 0;
   for (int i = 0; i < 2; i++)
-    for (int k = 0; k < 2; k++) out[k] |= (uint32_t)to_half((double)element(xy, i) * element(factors, k)) << (16 * i);
-  by_low = out[0];
-  by_high = out[1];
+    out |= (uint32_t)to_half((double)element(a, i) * element(b, i) + element(c, i)) << (16 * i);
+  return out;
+}
+inline uint32_t add_half2(uint32_t a, uint32_t b) { return multiply_add_half2(a, 0x3c003c00u, b); }
+inline void turn(uint32_t& x, uint32_t& y, uint32_t cosine, uint32_t sine) {
+  const uint32_t across = multiply_add_half2(y, sine, 0) ^ 0x80008000u, up = multiply_add_half2(x, sine, 0);
+  x = multiply_add_half2(x, cosine, across);
+  y = multiply_add_half2(y, cosine, up);
 }
 inline uint32_t pack_half2(float low, float high) {
   return emulator::to_half(low) | (uint32_t)emulator::to_half(high) << 16;
@@ -235,37 +249,27 @@ inline float cos_fast(float x) { return cosf(x); }
 inline float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 inline float round_to_even(float x) { return rintf(x); }
 inline float tanh_of(float x) { return tanhf(x); }
+inline int smaller(int a, int b) { return a < b ? a : b; }
 inline float largest(float a, float b) { return fmaxf(a, b); }
-inline float shuffle_with(float x, int argument, emulator::Word word) {
+inline float shuffle_xor(float x, int lanes) {
   emulator::mine().c[0] = x;
-  emulator::mine().argument = argument;
-  return emulator::together(word).c[0];
+  emulator::mine().argument = lanes;
+  return emulator::together(emulator::SHUFFLE_XOR).c[0];
 }
-inline float shuffle_xor(float x, int lanes) { return shuffle_with(x, lanes, emulator::SHUFFLE_XOR); }
-inline float shuffle(float x, int lane) { return shuffle_with(x, lane, emulator::SHUFFLE); }
-inline uint32_t shuffle_bits_with(uint32_t x, int argument, emulator::Word word) {
-  float carried, out;
-  memcpy(&carried, &x, 4);
-  out = shuffle_with(carried, argument, word);
-  memcpy(&x, &out, 4);
-  return x;
-}
-inline uint32_t shuffle_bits(uint32_t x, int lane) { return shuffle_bits_with(x, lane, emulator::SHUFFLE); }
-inline uint32_t shuffle_bits_xor(uint32_t x, int lanes) { return shuffle_bits_with(x, lanes, emulator::SHUFFLE_XOR); }
 inline bool any_lane(bool x) {
   emulator::mine().argument = x;
   return emulator::together(emulator::ANY).argument;
 }
-template <class T>
-inline T load_once(const uint8_t* p) {
-  if ((uintptr_t)p % sizeof(T)) emulator::fail("misaligned load");
-  T out;
-  memcpy(&out, p, sizeof out);
-  return out;
+template <int BYTES>
+inline void load_once(const uint8_t* p, uint32_t* r) {
+  if ((uintptr_t)p % BYTES) emulator::fail("misaligned load");
+  r[0] = 0;
+  memcpy(r, p, BYTES);
 }
-inline uint32_t load_once_16(const uint8_t* p) { return load_once<uint16_t>(p); }
-inline uint32_t load_once_32(const uint8_t* p) { return load_once<uint32_t>(p); }
-inline uint64_t load_once_64(const uint8_t* p) { return load_once<uint64_t>(p); }
+template <int BYTES>
+inline void load_kept(const uint8_t* p, uint32_t* r) {
+  load_once<BYTES>(p, r);
+}
 inline void load_128(const void* p, uint32_t (&r)[4]) {
   if ((uintptr_t)p % 16) emulator::fail("misaligned load");
   memcpy(r, p, 16);
@@ -274,7 +278,6 @@ inline void load_64(const void* p, uint32_t (&r)[2]) {
   if ((uintptr_t)p % 8) emulator::fail("misaligned load");
   memcpy(r, p, 8);
 }
-inline uint32_t load_32(const void* p) { return load_once<uint32_t>((const uint8_t*)p); }
 inline void ask_for(const void*) {}
 inline float as_float(uint32_t x) {
   float out;
@@ -286,7 +289,17 @@ inline void store_shared_16(uint32_t address, uint32_t x) {
   memcpy(emulator::at(address, 2), &low, 2);
 }
 inline void store_shared_32(uint32_t address, uint32_t x) { memcpy(emulator::at(address, 4), &x, 4); }
+inline void store_shared_64(uint32_t address, uint32_t x, uint32_t y) {
+  const uint32_t both[2] = {x, y};
+  memcpy(emulator::at(address, 8), both, 8);
+}
 inline void store_shared_128(uint32_t address, uint32_t (&x)[4]) { memcpy(emulator::at(address, 16), x, 16); }
+inline void load_shared_128(uint32_t address, uint32_t (&r)[4]) { memcpy(r, emulator::at(address, 16), 16); }
+inline uint32_t load_shared_16(uint32_t address) {
+  uint16_t out;
+  memcpy(&out, emulator::at(address, 2), 2);
+  return out;
+}
 inline uint32_t load_shared_32(uint32_t address) {
   uint32_t out;
   memcpy(&out, emulator::at(address, 4), 4);

@@ -1,7 +1,8 @@
 """Decode attention in CUDA C++ (cuda/*.cu), compiled at first use by NVRTC: no nvcc and no compiler is needed.
 
-It computes what `decode_attention.decode_attention` does, for 8-bit codes of 8 or 16 channels, heads of 64 or 128
-channels and up to 8 query rows a kv head; whoever asks for more gets a `ValueError` that says what has a kernel.
+It computes what `decode_attention.decode_attention` does, for 8-bit codes of 2, 4, 8 or 16 channels (keys and values
+may differ), heads of 64 or 128 channels and up to 8 query rows a kv head; whoever asks for more gets a `ValueError`
+that says what has a kernel.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from .merge_splits import merge_splits
 from .past import ExactTokens, QuantizedPast
 from .tables import KeyTables, ValueTables
 
-SOURCES = ("warp.cuh", "decode_codes.cuh", "decode_exact.cuh", "decode_attention.cu")
+SOURCES = ("warp.cuh", "layout.cuh", "decode_codes.cuh", "decode_exact.cuh", "decode_attention.cu")
 FOLDER = Path(__file__).parent / "cuda"
 MAX_ROWS = 8
 HEAD_DIMS = (64, 128)
+SUB_DIMS = (2, 4, 8, 16)  # channels of a code
 MIN_CAPABILITY = (8, 0)
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 LOG2E = math.log2(math.e)
@@ -45,7 +47,7 @@ _INTEGERS = (
 
 
 class Arguments(ctypes.Structure):
-    """What the kernel takes, as `Arguments` of decode_codes.cuh declares it."""
+    """What the kernel takes, as `Arguments` of layout.cuh declares it."""
 
     _fields_ = [
         ("query", ctypes.c_void_p),
@@ -58,12 +60,12 @@ class Arguments(ctypes.Structure):
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for: `Shape` of decode_codes.cuh."""
+    """What a kernel is compiled for: `Shape` of layout.cuh."""
 
     head_dim: int
     row_groups: int
-    key_spread: int
-    value_spread: int
+    key_dim: int
+    value_dim: int
     warps: int
     rotates: bool
     softcap: bool
@@ -83,11 +85,11 @@ def check_tables(keys: KeyTables, values: ValueTables) -> None:
     require(dim == value_dim and dim in HEAD_DIMS, f"head sizes {dim} and {value_dim}; both {HEAD_DIMS} have a kernel")
     require(keys.centroids.dtype == torch.float16, f"{keys.centroids.dtype} centroids; float16 ones have a kernel")
     for codes in (keys.codes, values.codes):
-        fits = codes.code_bits == 8 and codes.stages == 1 and codes.sub_dim in (8, 16)
+        fits = codes.code_bits == 8 and codes.stages == 1 and codes.sub_dim in SUB_DIMS
         require(
             fits,
             f"{codes.stages} codes of {codes.code_bits} bits for {codes.sub_dim} channels have no CUDA kernel; "
-            "one code of 8 bits for 8 or 16 channels has",
+            f"one code of 8 bits for {', '.join(map(str, SUB_DIMS))} channels has",
         )
 
 
@@ -95,8 +97,10 @@ def find_shape(keys: KeyTables, values: ValueTables, rows: int, softcap: bool) -
     """The kernel for `rows` query rows a kv head; raises ValueError if there is none."""
     check_tables(keys, values)
     require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; 1 to {MAX_ROWS} have a kernel")
-    spread = keys.codes.sub_dim // 8, values.codes.sub_dim // 8
-    return Shape(keys.mean.shape[1], 1 if rows <= 4 else 2, *spread, 12 if rows <= 4 else 8, keys.rotates, softcap)
+    dims = keys.codes.sub_dim, values.codes.sub_dim
+    # More warps would have fewer registers than a lane's angles, codes and sums take.
+    warps = 12 if rows <= 4 and min(dims) > 2 else 8
+    return Shape(keys.mean.shape[1], 1 if rows <= 4 else 2, *dims, warps, keys.rotates, softcap)
 
 
 def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> tuple[int, int]:
@@ -176,11 +180,11 @@ def source(shape: Shape) -> str:
 
 
 def shared_bytes(shape: Shape) -> int:
-    """`Shape::BYTES` of decode_codes.cuh: shared memory of a block."""
-    subs, rows, warps = shape.head_dim // 8, 4 * shape.row_groups, shape.warps
-    tables = 2 * 32768 + subs // 4 * 32768
-    in_loop = 2 * (8 // shape.row_groups) * subs * rows * 16 + warps * rows * 32
-    return tables + max(in_loop, 2 * warps * rows * 4 + warps * rows * shape.head_dim * 4)
+    """`Shape::BYTES` of layout.cuh: shared memory of a block."""
+    dim, rows, warps = shape.head_dim, 4 * shape.row_groups, shape.warps
+    tables = (dim // 64 + dim // 32) * 32768 + 7 * dim
+    queries = 2 * (16 // shape.row_groups) * dim * rows * 2
+    return tables + max(queries, 2 * warps * rows * 4 + warps * rows * dim * 4)
 
 
 def obstacle(device: torch.device) -> str | None:

@@ -1,131 +1,133 @@
 // Decode attention: a few query tokens over codes, anchors, sinks and window. A block keeps the tables of one kv head
 // in shared memory and takes the sequences' shares one after the other; merge_splits.py merges what it writes.
 
+// Where a warp's sum of a row stands: a lane's channels are D/8 neighbours, whose owners stand next to each other.
+template <class S>
+DEVICE uint32_t sum_place(uint32_t base, int warp, int row, int lane_of_channel, int channel_of_lane) {
+  return base + S::SUMS + ((warp * S::ROWS + row) * S::D + channel_of_lane * 8 + lane_of_channel) * 4;
+}
+
+// Puts the maxima and totals of a warp's rows to where `store_partial` reads them; `total` is of a lane's tokens.
+template <class S>
+DEVICE void store_state(uint32_t base, int warp, int lane, const float (&maximum)[2], float (&total)[2]) {
+  for (int k = 0; k < 2; k++) {
+    for (int lanes = 4; lanes < 32; lanes *= 2) total[k] += shuffle_xor(total[k], lanes);
+    const uint32_t state = base + S::STATES + (warp * S::ROWS + 2 * lane + k) * 8;
+    if (2 * lane < S::ROWS) {
+      store_shared_float(state, maximum[k]);
+      store_shared_float(state + 4, total[k]);
+    }
+  }
+}
+
 // Writes what the warps of a block found to part `part` of (b, h).
 template <class S>
-DEVICE void store_partial(const Arguments& a, int64_t bh, int part, uint32_t memory, int thread) {
+DEVICE void store_partial(const Arguments& a, int64_t bh, int part, uint32_t base, int thread) {
   const int rows = a.group * a.q_len;
   for (int i = thread; i < rows * S::D; i += S::THREADS) {
-    const int row = i / S::D, d = i % S::D;
+    const int row = i / S::D, lane_of_channel = i % 8, channel_of_lane = i % S::D / 8;
     float peak = LOWEST, total = 0.0f, out = 0.0f;
     for (int w = 0; w < S::THREADS / 32; w++)
-      peak = largest(peak, load_shared_float(memory + S::AFTER_LOOP + (w * S::ROWS + row) * 8));
+      peak = largest(peak, load_shared_float(base + S::STATES + (w * S::ROWS + row) * 8));
     for (int w = 0; w < S::THREADS / 32; w++) {
-      const uint32_t state = memory + S::AFTER_LOOP + (w * S::ROWS + row) * 8;
+      const uint32_t state = base + S::STATES + (w * S::ROWS + row) * 8;
       const float weight = exp2_fast(load_shared_float(state) - peak);
       total += weight * load_shared_float(state + 4);
-      out += weight * load_shared_float(memory + S::SUMS + ((w * S::ROWS + row) * S::D + d) * 4);
+      out += weight * load_shared_float(sum_place<S>(base, w, row, lane_of_channel, channel_of_lane));
     }
     const int64_t to = (bh * 2 * a.splits + part) * rows + row;
-    a.partial[to * S::D + d] = out;
-    if (d == 0) {
+    a.partial[to * S::D + lane_of_channel * (S::D / 8) + channel_of_lane] = out;
+    if (i % S::D == 0) {
       a.partial_max[to] = total > 0.0f ? peak : minus_infinity();
       a.partial_total[to] = total;
     }
   }
 }
 
+// The codes first..last-1 of (b, h), to the block's sums in shared memory.
+template <class S>
+DEVICE void sum_codes(const Arguments& a, int b, int h, int first, int last, uint8_t* memory, int thread) {
+  const int warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
+  const uint32_t base = shared_address(memory);
+  CodeSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
+  attend_codes<S>(a, b, h, first, last, memory, thread, sums);
+  sync_block();  // queries were read: their place is free
+  store_state<S>(base, warp, lane, sums.maximum, sums.total);
+  constexpr int WORDS = S::VALUE_ENTRY / 2;
+#pragma unroll
+  for (int i = 0; i < S::D / 32 * S::GROUPS; i++)
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int entry = S::GROUPS == 1 ? i / WORDS * 2 + c / 2 : i / WORDS, row = (2 * c + k % 2) % S::ROWS;
+      const int channel = entry * S::VALUE_ENTRY + i % WORDS * 2 + k / 2;
+      store_shared_float(sum_place<S>(base, warp, row, g, channel), sums.out[i][k]);
+    }
+}
+
+// The share `split` of the exact tokens of (b, h), likewise.
+template <class S>
+DEVICE void sum_exact(const Arguments& a, int b, int h, int split, int coded, int tail, int anchors, bool neighbours,
+                      uint32_t base, int thread) {
+  const int warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4, length = coded + tail;
+  store_query<S>(a, b, h, neighbours, base, thread);
+  ExactSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
+  sync_block();
+  const int part = (anchors + a.splits - 1) / a.splits, first = split * part;
+  const int last = first + part < anchors ? first + part : anchors;
+  const int sinks = split == a.splits - 1 ? a.sinks : 0;
+  const int tail_part = (tail + a.splits - 1) / a.splits, tail_first = (a.splits - 1 - split) * tail_part;
+  const int tail_last = tail_first + tail_part < tail ? tail_first + tail_part : tail;
+  constexpr int WARPS = S::THREADS / 32;
+  const int tail_warp = (part + 15) / 16 % WARPS, sink_warp = (tail_warp + (tail_part + 15) / 16) % WARPS;
+  if (a.anchor_kind == 1)
+    attend_exact<S, INT8>(a, b, h, first, last, a.anchor_capacity, a.anchor_positions, a.anchor_keys, a.anchor_values,
+                          a.anchor_key_scale, a.anchor_value_scale, 0, length, 0, neighbours, base, thread, sums);
+#pragma unroll 1
+  for (int set = a.anchor_kind == 2 ? 0 : 1; set < 3; set++) {  // plain ones: anchors, tail, sinks
+    const int from = set == 0 ? first : set == 1 ? tail_first : 0, to = set == 0 ? last : set == 1 ? tail_last : sinks;
+    const int capacity = set == 0 ? a.anchor_capacity : set == 1 ? a.tail_capacity : a.sinks;
+    const int* positions = set == 0 ? a.anchor_positions : set == 1 ? 0 : a.sink_positions;
+    const void* keys = set == 0 ? a.anchor_keys : set == 1 ? a.tail_keys : a.sink_keys;
+    const void* values = set == 0 ? a.anchor_values : set == 1 ? a.tail_values : a.sink_values;
+    const int first_warp = set == 0 ? 0 : set == 1 ? tail_warp : sink_warp;
+    attend_exact<S, PLAIN>(a, b, h, from, to, capacity, positions, keys, values, 0, 0, coded, length, first_warp,
+                           neighbours, base, thread, sums);
+  }
+  sync_block();  // queries were read
+  store_state<S>(base, warp, lane, sums.maximum, sums.total);
+#pragma unroll
+  for (int i = 0; i < S::D / 16; i++)
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      if (2 * c + k % 2 < S::ROWS)
+        store_shared_float(sum_place<S>(base, warp, 2 * c + k % 2, g, 2 * i + k / 2), sums.out[i][k]);
+}
+
 template <class S>
 DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
   const int h = block / a.blocks_per_head, first_item = block % a.blocks_per_head;
-  const int warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
   const int coded = a.lengths ? a.lengths[0] : a.coded, tail = a.lengths ? a.lengths[1] : a.tail;
-  const int anchors = a.lengths ? a.lengths[2] : a.anchors, length = coded + tail;
+  const int anchors = a.lengths ? a.lengths[2] : a.anchors;
   const uint32_t base = shared_address(memory);
-  fill_tables<S>(a, h, memory, thread);
+  const bool neighbours = fill_tables<S>(a, h, memory, thread);
   sync_block();
   const int share = ((coded + S::SPAN - 1) / S::SPAN + a.splits - 1) / a.splits * S::SPAN;
   for (int item = first_item; item < a.batch * a.splits; item += a.blocks_per_head) {
     const int b = item / a.splits, split = item % a.splits;
     const int64_t bh = (int64_t)b * a.heads + h;
-    {
-      CodeSums<S> sums;
-      for (int k = 0; k < 2; k++) sums.maximum[k] = LOWEST, sums.total[k] = 0.0f;
-      for (int group = 0; group < S::GROUPS; group++)
-        for (int j = 0; j < S::SUBS / 4; j++)
-          for (int k = 0; k < 4; k++) sums.out[group][j][k] = 0.0f;
-      const int first = split * share, last = first + share < coded ? first + share : coded;
-      attend_codes<S>(a, b, h, first, last, memory, thread, sums);
-      for (int k = 0; k < 2; k++)
-        for (int lanes = 4; lanes < 32; lanes *= 2) sums.total[k] += shuffle_xor(sums.total[k], lanes);
-      sync_block();  // queries and probabilities were read: their place is free
-      if (g == 0 && (S::GROUPS == 2 || c < 2))
-        for (int k = 0; k < 2; k++) {
-          const uint32_t state = base + S::AFTER_LOOP + (warp * S::ROWS + 2 * c + k) * 8;
-          store_shared_float(state, sums.maximum[k]);
-          store_shared_float(state + 4, sums.total[k]);
-        }
-      for (int group = 0; group < S::GROUPS; group++)
-        for (int j = 0; j < S::SUBS / 4; j++)
-          for (int k = 0; k < 4; k++) {
-            const int row = group * 4 + g % 4, sub = j * 4 + g / 4 + k / 2 * 2;
-            store_shared_float(base + S::SUMS + ((warp * S::ROWS + row) * S::D + sub * 8 + 2 * c + k % 2) * 4,
-                               sums.out[group][j][k]);
-          }
-    }
+    const int first = split * share, last = first + share < coded ? first + share : coded;
+    sum_codes<S>(a, b, h, first, last, memory, thread);
     sync_block();
     store_partial<S>(a, bh, split, base, thread);
-    {
-      ExactSums<S> sums;
-      for (int r = 0; r < S::ROWS; r++) {
-        sums.maximum[r] = LOWEST;
-        sums.total[r] = 0.0f;
-        for (int i = 0; i < S::D / 16; i++) sums.out[r][i] = 0.0f;
-      }
-      const int e = lane % 16;
-      LanePairs<S> pairs;
-      load_pairs<S>(a, h, e, pairs);
-      load_query<S>(a, b, h, pairs);
-      const int part = (anchors + a.splits - 1) / a.splits, first = split * part;
-      const int last = first + part < anchors ? first + part : anchors;
-      if (a.anchor_kind == 1)
-        attend_exact<S, INT8>(a, b, h, first, last, a.anchor_capacity, a.anchor_positions, a.anchor_keys,
-                              a.anchor_values, a.anchor_key_scale, a.anchor_value_scale, 0, length, thread, pairs, sums);
-      if (a.anchor_kind == 2 && a.is_bfloat)
-        attend_exact<S, BFLOAT>(a, b, h, first, last, a.anchor_capacity, a.anchor_positions, a.anchor_keys,
-                                a.anchor_values, 0, 0, 0, length, thread, pairs, sums);
-      if (a.anchor_kind == 2 && !a.is_bfloat)
-        attend_exact<S, HALF>(a, b, h, first, last, a.anchor_capacity, a.anchor_positions, a.anchor_keys,
-                              a.anchor_values, 0, 0, 0, length, thread, pairs, sums);
-      const int sinks = split == a.splits - 1 ? a.sinks : 0;
-      const int tail_part = (tail + a.splits - 1) / a.splits, tail_first = (a.splits - 1 - split) * tail_part;
-      const int tail_last = tail_first + tail_part < tail ? tail_first + tail_part : tail;
-      if (a.is_bfloat) {
-        attend_exact<S, BFLOAT>(a, b, h, 0, sinks, a.sinks, a.sink_positions, a.sink_keys, a.sink_values, 0, 0, 0, length,
-                                thread, pairs, sums);
-        attend_exact<S, BFLOAT>(a, b, h, tail_first, tail_last, a.tail_capacity, 0, a.tail_keys, a.tail_values, 0, 0,
-                                coded, length, thread, pairs, sums);
-      } else {
-        attend_exact<S, HALF>(a, b, h, 0, sinks, a.sinks, a.sink_positions, a.sink_keys, a.sink_values, 0, 0, 0, length,
-                              thread, pairs, sums);
-        attend_exact<S, HALF>(a, b, h, tail_first, tail_last, a.tail_capacity, 0, a.tail_keys, a.tail_values, 0, 0, coded,
-                              length, thread, pairs, sums);
-      }
-      sync_block();  // the codes' sums were stored
-#pragma unroll
-      for (int r = 0; r < S::ROWS; r++) {
-        const float peak = largest(sums.maximum[r], shuffle_xor(sums.maximum[r], 16));
-        const float weight = exp2_fast(sums.maximum[r] - peak), total = sums.total[r] * weight;
-        const float both = total + shuffle_xor(total, 16);
-        const uint32_t state = base + S::AFTER_LOOP + (warp * S::ROWS + r) * 8;
-        if (lane == 0) {
-          store_shared_float(state, peak);
-          store_shared_float(state + 4, both);
-        }
-        for (int i = 0; i < S::D / 16; i++) {
-          const float part_sum = sums.out[r][i] * weight, sum = part_sum + shuffle_xor(part_sum, 16);
-          if (lane < 16)
-            store_shared_float(base + S::SUMS + ((warp * S::ROWS + r) * S::D + e * (S::D / 16) + i) * 4, sum);
-        }
-      }
-    }
+    sync_block();
+    sum_exact<S>(a, b, h, split, coded, tail, anchors, neighbours, base, thread);
     sync_block();
     store_partial<S>(a, bh, a.splits + split, base, thread);
     sync_block();
   }
 }
 
-// What is compiled: one shape. cuda_decode.py adds a line such as DECODE_KERNEL(Shape<128, 1, 1, 1, 12, true, false>).
+// What is compiled: one shape. cuda_decode.py adds a line such as DECODE_KERNEL(Shape<128, 1, 8, 8, 16, true, false>).
 #ifndef DECODE_KERNEL
 #define DECODE_KERNEL(...)                                                                                          \
   extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS, 1) decode_attention(const Arguments a) {       \

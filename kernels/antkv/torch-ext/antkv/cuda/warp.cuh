@@ -13,23 +13,22 @@ typedef unsigned long long uint64_t;
 
 DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 DEVICE void sync_block() { __syncthreads(); }
-DEVICE void sync_warp() { __syncwarp(); }
+DEVICE bool all_of_block(bool x) { return __syncthreads_and(x); }
 
-// Four 8 x 8 matrices of 16 bits. Lane l gives the address of row l % 8 of matrix l / 8: any 16 aligned bytes.
-// Lane l receives elements 2 (l % 4) and one more of row l / 4 of each (of column l / 4, if transposed).
-DEVICE void load_matrices(uint32_t address, uint32_t (&r)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-// The same from memory that nobody writes any more, so that the compiler may move it; `settled` marks such an address.
-DEVICE void load_settled_matrices(uint32_t address, uint32_t (&r)[4]) {
-  asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+// 4, 2 or 1 words from memory that nobody writes any more, so that the compiler may move the read; `settled` marks such
+// an address.
+template <int OFFSET>
+DEVICE void load_settled(uint32_t address, uint32_t (&r)[4]) {
+  asm("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4+%5];"
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address), "n"(OFFSET));
 }
 template <int OFFSET>
-DEVICE void load_settled_transposed(uint32_t address, uint32_t (&r)[4]) {
-  asm("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4+%5];"
-      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address), "n"(OFFSET));
+DEVICE void load_settled(uint32_t address, uint32_t (&r)[2]) {
+  asm("ld.shared.v2.u32 {%0,%1}, [%2+%3];" : "=r"(r[0]), "=r"(r[1]) : "r"(address), "n"(OFFSET));
+}
+template <int OFFSET>
+DEVICE void load_settled(uint32_t address, uint32_t (&r)[1]) {
+  asm("ld.shared.u32 %0, [%1+%2];" : "=r"(r[0]) : "r"(address), "n"(OFFSET));
 }
 // After a barrier: nothing that uses the result moves before it.
 DEVICE uint32_t settled(uint32_t address) {
@@ -44,11 +43,27 @@ DEVICE void multiply_add(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, u
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Two float16 times the low, and times the high float16 of `factors`.
-DEVICE void times_each(uint32_t xy, uint32_t factors, uint32_t& by_low, uint32_t& by_high) {
-  asm("{.reg .b16 low, high; .reg .b32 two;\n\t"
-      "mov.b32 {low, high}, %3; mov.b32 two, {low, low}; mul.f16x2 %0, %2, two;\n\t"
-      "mov.b32 two, {high, high}; mul.f16x2 %1, %2, two;}" : "=r"(by_low), "=&r"(by_high) : "r"(xy), "r"(factors));
+// An 8 x 8 matrix of 16 bits, of which lane l holds elements 2 (l % 4) and one more of row l / 4, turned over.
+DEVICE uint32_t transpose_matrix(uint32_t x) {
+  uint32_t out;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(x));
+  return out;
+}
+
+// Two float16 at a time: (x, y) turned by an angle; a * b + c; a + b.
+DEVICE void turn(uint32_t& x, uint32_t& y, uint32_t cosine, uint32_t sine) {
+  asm("{.reg .b32 a, b, c; mul.f16x2 a, %1, %3; neg.f16x2 a, a; fma.rn.f16x2 b, %0, %2, a;\n\t"
+      "mul.f16x2 c, %0, %3; fma.rn.f16x2 %1, %1, %2, c; mov.b32 %0, b;}" : "+r"(x), "+r"(y) : "r"(cosine), "r"(sine));
+}
+DEVICE uint32_t multiply_add_half2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+}
+DEVICE uint32_t add_half2(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("add.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
 }
 DEVICE uint32_t pack_half2(float low, float high) {
   uint32_t out;
@@ -89,29 +104,32 @@ DEVICE float cos_fast(float x) {
 DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float round_to_even(float x) { return rintf(x); }
 DEVICE float tanh_of(float x) { return tanhf(x); }
+DEVICE int smaller(int a, int b) { return min(a, b); }
 DEVICE float largest(float a, float b) { return fmaxf(a, b); }
 
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
-DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
-DEVICE uint32_t shuffle_bits(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
-DEVICE uint32_t shuffle_bits_xor(uint32_t x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 
-// Read once, so it should not push the rest out of the L1 cache.
-DEVICE uint32_t load_once_16(const uint8_t* p) {
-  uint16_t out;
-  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(out) : "l"(p));
-  return out;
+// `BYTES` bytes, zeros above them, straight into words: a conversion would wait for the load. Keys' codes are read once,
+// by neighbouring lanes: they should not push the rest out of the L1 cache.
+template <int BYTES>
+DEVICE void load_once(const uint8_t* p, uint32_t* r) {
+  if constexpr (BYTES == 1) asm volatile("ld.global.nc.L1::no_allocate.u8 %0, [%1];" : "=r"(r[0]) : "l"(p));
+  if constexpr (BYTES == 2) asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=r"(r[0]) : "l"(p));
+  if constexpr (BYTES == 4) asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(r[0]) : "l"(p));
+  if constexpr (BYTES == 8)
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
+  if constexpr (BYTES == 16)
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
 }
-DEVICE uint32_t load_once_32(const uint8_t* p) {
-  uint32_t out;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(out) : "l"(p));
-  return out;
-}
-DEVICE uint64_t load_once_64(const uint8_t* p) {
-  uint64_t out;
-  asm volatile("ld.global.nc.L1::no_allocate.u64 %0, [%1];" : "=l"(out) : "l"(p));
-  return out;
+// The same, kept in the L1 cache.
+template <int BYTES>
+DEVICE void load_kept(const uint8_t* p, uint32_t* r) {
+  if constexpr (BYTES == 1) asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(r[0]) : "l"(p));
+  if constexpr (BYTES == 2) asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(r[0]) : "l"(p));
+  if constexpr (BYTES == 4) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(r[0]) : "l"(p));
+  if constexpr (BYTES == 8) asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
 }
 
 DEVICE void load_128(const void* p, uint32_t (&r)[4]) {
@@ -120,11 +138,6 @@ DEVICE void load_128(const void* p, uint32_t (&r)[4]) {
 
 DEVICE void load_64(const void* p, uint32_t (&r)[2]) {
   asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
-}
-DEVICE uint32_t load_32(const void* p) {
-  uint32_t out;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(out) : "l"(p));
-  return out;
 }
 // Asks for the line of `p` to be in the L2 cache.
 DEVICE void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
@@ -136,13 +149,25 @@ DEVICE void store_shared_16(uint32_t address, uint32_t x) {
 DEVICE void store_shared_32(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" : : "r"(address), "r"(x) : "memory");
 }
+DEVICE void store_shared_64(uint32_t address, uint32_t x, uint32_t y) {
+  asm volatile("st.shared.v2.u32 [%0], {%1,%2};" : : "r"(address), "r"(x), "r"(y) : "memory");
+}
 DEVICE void store_shared_128(uint32_t address, uint32_t (&x)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" : : "r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+DEVICE void load_shared_128(uint32_t address, uint32_t (&r)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address)
                : "memory");
 }
 DEVICE uint32_t load_shared_32(uint32_t address) {
   uint32_t out;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out) : "r"(address) : "memory");
+  return out;
+}
+DEVICE uint32_t load_shared_16(uint32_t address) {
+  uint16_t out;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(out) : "r"(address) : "memory");
   return out;
 }
 DEVICE float load_shared_float(uint32_t address) { return __uint_as_float(load_shared_32(address)); }
