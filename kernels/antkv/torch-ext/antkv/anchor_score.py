@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import head_block, mask_arguments, require
+from .checks import head_block, mask_arguments, register_limit, require
 from .softmax import LOG2E
 
 TERMS = ("squared_attention", "accumulated_attention", "anchor_score")
@@ -40,24 +40,38 @@ def _add_queries(
     """
     d = tl.arange(0, BD)
     dv = tl.arange(0, BDV)
-    for start in range(split * BM, count * G, splits * BM):
-        pair = start + tl.arange(0, BM)
-        m_pair = pair < count * G
-        head = (pair % G).to(tl.int64)
+    pair = tl.arange(0, BM)
+    head = (pair % G).to(tl.int64)
+    if BM % G == 0:  # a tile begins with a row's first head: addresses differ from the first tile's by one number
         row = (first_row + pair // G * row_step).to(tl.int64)
-        query = tl.load(
-            p_query + (head * stride_qh + row * stride_qt)[:, None] + d[None, :],
-            mask=m_pair[:, None] & (d < D)[None, :], other=0.0,
-        )  # [BM, BD]  # fmt: skip
-        lse = tl.load(p_lse + head * stride_lh + row * stride_lt, mask=m_pair, other=float("inf"))
+        p_query += (head * stride_qh + row * stride_qt)[:, None]
+        p_lse += head * stride_lh + row * stride_lt
+        p_output += (head * stride_oh + row * stride_ot)[:, None]
+    for start in range(split * BM, count * G, splits * BM):
+        m_pair = start + pair < count * G
+        if BM % G == 0:
+            moved = tl.cast(start // G * row_step, tl.int64)
+            o_query, o_lse, o_output = moved * stride_qt, moved * stride_lt, moved * stride_ot
+            o_row = moved + row
+        else:
+            head = ((start + pair) % G).to(tl.int64)
+            o_row = (first_row + (start + pair) // G * row_step).to(tl.int64)
+            o_query, o_lse = (head * stride_qh + o_row * stride_qt)[:, None], head * stride_lh + o_row * stride_lt
+            o_output = (head * stride_oh + o_row * stride_ot)[:, None]
+        query = tl.load(p_query + o_query + d[None, :], mask=m_pair[:, None] & (d < D)[None, :], other=0.0)  # [BM, BD]
+        lse = tl.load(p_lse + o_lse, mask=m_pair, other=float("inf"))
         # A row that sees nothing has the log-sum-exp -inf; +inf makes its probabilities 0, as those beyond the end.
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        logits = tl.dot(key, tl.trans(query), input_precision="ieee") * scale  # [BN, BM]
+        logits = tl.dot(key, tl.trans(query), input_precision="ieee")  # [BN, BM]
+        factor = scale
+        if SOFTCAP or MASK == "additive":
+            logits *= scale
+            factor = 1.0
         if SOFTCAP:
             logits = softcap * (2 * tl.sigmoid(2 * logits / softcap) - 1)  # softcap * tanh(logits / softcap)
         if MASK != "none":
             seen = tl.load(
-                p_mask + (head * stride_mh + row * stride_mt)[None, :] + (column.to(tl.int64) * stride_mn)[:, None],
+                p_mask + (head * stride_mh + o_row * stride_mt)[None, :] + (column.to(tl.int64) * stride_mn)[:, None],
                 mask=m_column[:, None] & m_pair[None, :], other=0,
             )  # [BN, BM]  # fmt: skip
             if MASK == "bool":
@@ -65,15 +79,18 @@ def _add_queries(
             else:
                 logits += seen.to(tl.float32)
         if CAUSAL:
-            logits = tl.where(column[:, None] <= (first_index + row)[None, :], logits, float("-inf"))
-        probs = tl.exp2((logits - lse[None, :]) * LOG2E)  # the difference first: both may be near float32's lowest
-        if TERM == "squared_attention":
-            acc += probs * probs
-        elif TERM == "accumulated_attention":
-            acc += probs
+            logits = tl.where(column[:, None] <= (first_index + o_row)[None, :], logits, float("-inf"))
+        power: tl.constexpr = 2 * LOG2E if TERM == "squared_attention" else LOG2E
+        if MASK == "additive":
+            exponent = (logits - lse[None, :]) * power  # the difference first: both may be near float32's lowest
+        else:  # one fused multiply-add
+            exponent = logits * (factor * power) - (lse * power)[None, :]
+        if TERM != "anchor_score":
+            acc += tl.exp2(exponent)
         else:
+            probs = tl.exp2(exponent)
             output = tl.load(
-                p_output + (head * stride_oh + row * stride_ot)[:, None] + dv[None, :],
+                p_output + o_output + dv[None, :],
                 mask=m_pair[:, None] & (dv < DV)[None, :], other=0.0,
             ).to(value.dtype)  # [BM, BDV]  # fmt: skip
             # |v - o|^2 = |v|^2 + |o|^2 - 2 v.o, all of the rounded o, so that it cancels where v and o agree.
@@ -92,8 +109,8 @@ def column_statistic_kernel(
     p_query, p_keys, p_values, p_output, p_lse, p_mask, p_first_query, p_statistic, p_out, p_lengths,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt, stride_mb, stride_mh, stride_mt, stride_mn,
-    heads, kv_heads, q_len, kv_len, first_column, rows, splits, stride, scale, softcap,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    heads, kv_heads, q_len, kv_len, first_column, rows, splits, stride: tl.constexpr, scale,
+    softcap, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, TERM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, FAR: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_STATISTIC: tl.constexpr,
     STATIC: tl.constexpr,
@@ -308,6 +325,7 @@ def column_statistic(
     blocks = triton.cdiv(kv_len, columns) - first_column // columns
     if splits is None:
         splits = _splits(blocks * batch * kv_heads, triton.cdiv(rows, queries), keys.device)
+    limit = {} if term == "anchor_score" else register_limit(warps, keys)
     parts = out if splits == 1 else out.new_empty(splits, batch, kv_heads, n)
     column_statistic_kernel[(blocks * batch * kv_heads, splits)](
         query, keys, values, output, lse, query if mask is None else mask, first_query, statistic, parts, None,
@@ -317,7 +335,7 @@ def column_statistic(
         G=group, D=dim, DV=value_dim, BD=head_block(dim), BDV=head_block(value_dim), BN=columns, BM=queries, TERM=term,
         CAUSAL=is_causal and kind == "none", MASK=kind, SOFTCAP=softcap is not None, FAR=stride > 1,
         HAS_FIRST=first_query is not None, HAS_STATISTIC=splits == 1 and statistic is not None, STATIC=False,
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, **limit,
     )  # fmt: skip
     return out if splits == 1 else _sum_of_parts(parts, statistic, out)
 
@@ -368,7 +386,7 @@ def tile_sizes(term: str, block: int, dtype: torch.dtype, rows: int) -> tuple[in
         return 32, max(16, triton.next_power_of_2(rows)), 4, 1
     if term == "anchor_score":
         return (64, 32, 8, 1) if wide else (64, 64, 8, 2) if block > 64 else (128, 64, 8, 2)
-    return (64, 64, 4, 2) if wide else (128, 64, 8, 2)
+    return (64, 64, 4, 2) if wide else (128, 64, 8, 3)
 
 
 def _splits(programs: int, tiles: int, device: torch.device) -> int:

@@ -17,6 +17,11 @@ def head_block(dim: int) -> int:
     return max(32, triton.next_power_of_2(dim))
 
 
+def register_limit(warps: int, x: torch.Tensor) -> dict[str, int]:
+    """Launch options with which an NVIDIA GPU has the registers for two programs of 8 warps at a time."""
+    return dict(maxnreg=128) if warps == 8 and x.is_cuda and torch.version.hip is None else {}
+
+
 def mask_arguments(
     mask: torch.Tensor | None, batch: int, q_heads: int, q_len: int, columns: int
 ) -> tuple[torch.Tensor | None, str, tuple[int, int, int, int]]:

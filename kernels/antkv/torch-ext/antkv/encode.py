@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import head_block, require
+from .checks import head_block, register_limit, require
 from .tables import Codes, KeyTables, ValueTables
 from .tiles import first_codes, gather_latent, sin_cos
 
@@ -23,46 +23,64 @@ SUB_DIMS = (2, 4, 8, 16, 32)
 MAX_STAGES = 8
 MAX_DIM = 256
 SLOTS = 32  # codes of a token that a program collects before it packs them
-TILE = (128, 4)  # tokens and warps of a large program
+TILE = (128, 8, 128)  # tokens, warps and centroids of a large program
 SMALL = 16384  # token-heads below which programs are made small: a decode step's chunk should fill the device too
 
 
 @triton.jit
-def _search_group(
-    rest, codes, error, group_of_chunk, table, p_centroids, p_encode, p_bias,
-    STAGES: tl.constexpr, SUB_DIM: tl.constexpr, CENTROIDS: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
-    ERROR: tl.constexpr,
-):  # fmt: skip
-    """Codes one group of a tile, `rest` [BT, BS], with the tables from number `table` on (one a stage).
+def _best_of_tile(score, PRECISION: tl.constexpr):
+    """Largest of each row of `score` [BT, BC] and its column; NaN and 0 for a row of NaN.
 
-    Writes the codes to their slots of `codes` [BT, SP] and adds |what is left|^2 to `error` [BT].
+    Of equal scores the first wins. With TF32 a column takes the place of the lowest bits of its score, so that one
+    maximum finds both: of 24 bits 16 are left (BC = 256), where rounding the factors has left 11.
     """
+    size: tl.constexpr = score.shape[1]
+    column = tl.arange(0, size)[None, :]
+    if PRECISION == "tf32":
+        packed = (score.to(tl.int32, bitcast=True) & -size) | column
+        top = tl.max(packed.to(tl.float32, bitcast=True), 1)
+        return top, top.to(tl.int32, bitcast=True) & (size - 1)
+    top = tl.max(score, 1)
+    return top, tl.min(tl.where(score == top[:, None], column, size - 1), 1)
+
+
+@triton.jit
+def _search_groups(
+    rest, codes, groups, first_slot, table, p_centroids, p_encode, p_bias,
+    STAGES: tl.constexpr, SUB_DIM: tl.constexpr, CENTROIDS: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Codes `groups` groups side by side in a tile, `rest` [BT, BS], whose tables begin at number `table`.
+
+    Writes the codes to the slots of `codes` [BT, SP] from `first_slot` on and returns what is left of `rest`.
+    """
+    PACK: tl.constexpr = rest.shape[1] // SUB_DIM
     s = tl.arange(0, rest.shape[1])
     slot = tl.arange(0, codes.shape[1])
-    for stage in range(STAGES):  # not unrolled: the tiles of two stages do not fit the registers together
-        first = (table + stage) * CENTROIDS
-        # The best of each column of the tile of scores: one comparison a score, and a single reduction at the end.
-        best = tl.full([rest.shape[0], BC], float("-inf"), tl.float32)
-        index = tl.zeros([rest.shape[0], BC], tl.int32)
-        for c0 in range(0, CENTROIDS, BC):
-            c = c0 + tl.arange(0, BC)
-            centroids = tl.load(
-                p_encode + (first + c)[:, None] * SUB_DIM + s[None, :], mask=(s < SUB_DIM)[None, :], other=0.0
-            )  # [BC, BS]
-            score = tl.dot(rest, tl.trans(centroids), input_precision=PRECISION) + tl.load(p_bias + first + c)[None, :]
-            better = score > best
-            best = tl.where(better, score, best)
-            index = tl.where(better, c[None, :], index)
-        # Of equal scores the first wins; a vector with NaN gets code 0.
-        code = tl.min(tl.where(best == tl.max(best, 1)[:, None], index, CENTROIDS - 1), 1)  # [BT]
-        codes = tl.where((slot == group_of_chunk * STAGES + stage)[None, :], code[:, None], codes)
-        taken = tl.load(
-            p_centroids + (first + code)[:, None] * SUB_DIM + s[None, :], mask=(s < SUB_DIM)[None, :], other=0.0
-        )  # [BT, BS]
-        rest -= taken.to(tl.float32)
-    if ERROR:
-        error += tl.sum(rest * rest, 1)
-    return codes, error
+    place = tl.arange(0, PACK)
+    channel = tl.arange(0, SUB_DIM)
+    for stage in range(STAGES):  # not unrolled: the tiles of two searches do not fit the registers together
+        taken = tl.zeros([rest.shape[0], PACK], tl.int32)
+        for j in range(groups):
+            first = (table + j * STAGES + stage) * CENTROIDS
+            mine = (s // SUB_DIM == j)[None, :]  # a product takes no fewer than 16 channels: those of others are 0
+            best = tl.full([rest.shape[0]], float("-inf"), tl.float32)
+            code = tl.zeros([rest.shape[0]], tl.int32)
+            for c0 in range(0, CENTROIDS, BC):
+                c = first + c0 + tl.arange(0, BC)
+                p = p_encode + c[:, None] * SUB_DIM + (s % SUB_DIM)[None, :]
+                centroids = tl.load(p, mask=mine, other=0.0)  # [BC, BS]
+                score = tl.dot(rest, tl.trans(centroids), input_precision=PRECISION) + tl.load(p_bias + c)[None, :]
+                top, index = _best_of_tile(score, PRECISION)
+                better = top > best  # never for NaN: its code stays 0
+                code = tl.where(better, c0 + index, code)
+                best = tl.where(better, top, best)
+            codes = tl.where((slot == first_slot + j * STAGES + stage)[None, :], code[:, None], codes)
+            taken = tl.where((place == j)[None, :], code[:, None], taken)
+        row = (table + place * STAGES + stage)[None, :] * CENTROIDS + taken
+        p = p_centroids + row[:, :, None] * SUB_DIM + channel[None, None, :]
+        part = tl.load(p, mask=(place < groups)[None, :, None], other=0.0)  # [BT, PACK, SUB_DIM]
+        rest -= tl.reshape(part, [rest.shape[0], rest.shape[1]]).to(tl.float32)
+    return rest, codes
 
 
 @triton.jit
@@ -112,14 +130,17 @@ def encode_keys_kernel(
     pair = tl.arange(0, BS // 2)
     codes = tl.zeros([BT, SP], tl.int32)
     error = tl.zeros([BT], tl.float32)
-    for group in range(chunk * BG, tl.minimum(chunk * BG + BG, GROUPS)):
+    last = tl.minimum(chunk * BG + BG, GROUPS)
+    for group in range(chunk * BG, last, BS // SUB_DIM):
+        groups = tl.minimum(last - group, BS // SUB_DIM)
         o_latent = h * D + group * SUB_DIM
-        channel = tl.load(p_channels + o_latent + s, mask=s < SUB_DIM, other=0)
-        mean = tl.load(p_mean + o_latent + s, mask=s < SUB_DIM, other=0.0)
-        m_key = m_token[:, None] & (s < SUB_DIM)[None, :]
+        m_s = s < groups * SUB_DIM
+        channel = tl.load(p_channels + o_latent + s, mask=m_s, other=0)
+        mean = tl.load(p_mean + o_latent + s, mask=m_s, other=0.0)
+        m_key = m_token[:, None] & m_s[None, :]
         latent = tl.load(p_row[:, None] + channel[None, :], mask=m_key, other=0.0).to(tl.float32)  # [BT, BS]
         if ROTATES:
-            m_pair = pair < SUB_DIM // 2
+            m_pair = pair < groups * SUB_DIM // 2
             frequency = tl.load(p_frequency + o_latent // 2 + pair, mask=m_pair, other=0.0)
             inverse = 1.0 / tl.load(p_pair_scale + o_latent // 2 + pair, mask=m_pair, other=1.0)
             angle = position[:, None] * frequency[None, :]  # [BT, BS / 2]
@@ -127,10 +148,11 @@ def encode_keys_kernel(
             cos, sin = cos * inverse[None, :], sin * inverse[None, :]
             x, y = tl.split(tl.reshape(latent, [BT, BS // 2, 2]))
             latent = tl.reshape(tl.join(x * cos + y * sin, y * cos - x * sin), [BT, BS])
-        codes, error = _search_group(
-            latent - mean[None, :], codes, error, group - chunk * BG, (h * GROUPS + group) * STAGES,
-            p_centroids, p_encode, p_bias, STAGES, SUB_DIM, 1 << CODE_BITS, BC, PRECISION, True,
+        rest, codes = _search_groups(
+            latent - mean[None, :], codes, groups, (group - chunk * BG) * STAGES, (h * GROUPS + group) * STAGES,
+            p_centroids, p_encode, p_bias, STAGES, SUB_DIM, 1 << CODE_BITS, BC, PRECISION,
         )  # fmt: skip
+        error += tl.sum(rest * rest, 1)
     o_token = bh * n + t
     _store_codes(
         codes, p_codes + o_token * WIDTH, m_token, chunk * (BG * STAGES * CODE_BITS // 8), BG * STAGES, CODE_BITS, WIDTH
@@ -160,16 +182,17 @@ def encode_values_kernel(
     ).to(tl.float32)  # [BT, BD]  # fmt: skip
     value -= tl.load(p_mean + h * D + d, mask=d < D, other=0.0)[None, :]
     codes = tl.zeros([BT, SP], tl.int32)
-    unused = tl.zeros([BT], tl.float32)
-    for group in range(chunk * BG, tl.minimum(chunk * BG + BG, GROUPS)):
+    last = tl.minimum(chunk * BG + BG, GROUPS)
+    for group in range(chunk * BG, last, BS // SUB_DIM):
+        groups = tl.minimum(last - group, BS // SUB_DIM)
         analysis = tl.load(
             p_analysis + (h * D + d)[:, None] * D + group * SUB_DIM + s[None, :],
-            mask=(d < D)[:, None] & (s < SUB_DIM)[None, :], other=0.0,
+            mask=(d < D)[:, None] & (s < groups * SUB_DIM)[None, :], other=0.0,
         )  # [BD, BS]  # fmt: skip
         latent = tl.dot(value, analysis, input_precision=PRECISION)  # [BT, BS]
-        codes, unused = _search_group(
-            latent, codes, unused, group - chunk * BG, (h * GROUPS + group) * STAGES,
-            p_centroids, p_encode, p_bias, STAGES, SUB_DIM, 1 << CODE_BITS, BC, PRECISION, False,
+        _, codes = _search_groups(
+            latent, codes, groups, (group - chunk * BG) * STAGES, (h * GROUPS + group) * STAGES,
+            p_centroids, p_encode, p_bias, STAGES, SUB_DIM, 1 << CODE_BITS, BC, PRECISION,
         )  # fmt: skip
     _store_codes(
         codes, p_codes + (bh * n + t) * WIDTH, m_token, chunk * (BG * STAGES * CODE_BITS // 8), BG * STAGES, CODE_BITS,
@@ -247,11 +270,12 @@ def encode_keys(
     if n == 0:
         return codes, error[0]
     small = batch * kv_heads * n <= SMALL
-    block, warps = (32, 4) if small or keys.dtype == torch.float32 else TILE
+    block, warps = (32, 4) if small or keys.dtype == torch.float32 else TILE[:2]
     encode_keys_kernel[(triton.cdiv(n, block), chunks, batch * kv_heads)](
         keys, offset, tables.centroids, tables.encode_centroids, tables.encode_bias, tables.mean, tables.channels,
         tables.frequency, tables.pair_scale, codes, error, *keys.stride()[:3], kv_heads, n, positions_start,
-        D=dim, ROTATES=tables.rotates, BT=block, **constants, num_warps=warps, num_stages=2,
+        D=dim, ROTATES=tables.rotates, BT=block, **constants, **register_limit(warps, keys), num_warps=warps,
+        num_stages=2,
     )  # fmt: skip
     return codes, error[0] if chunks == 1 else error.sum(0)
 
@@ -282,11 +306,12 @@ def encode_values(values: torch.Tensor, tables: ValueTables) -> tuple[torch.Tens
     padded = head_block(dim)
     # The tile of values stays in float32 for all groups, and has to leave room on cards with 64 KB of shared memory.
     small = batch * kv_heads * n <= SMALL or padded > 128 or values.dtype == torch.float32
-    block, warps = (32, 4) if small else TILE
+    block, warps = (32, 4) if small else TILE[:2]
     grid = triton.cdiv(n, block), triton.cdiv(tables.codes.groups, chunk), batch * kv_heads
     encode_values_kernel[grid](
         values, tables.centroids, tables.encode_centroids, tables.encode_bias, tables.mean, tables.analysis, codes,
-        *values.stride()[:3], kv_heads, n, D=dim, BD=padded, BT=block, **constants, num_warps=warps, num_stages=2,
+        *values.stride()[:3], kv_heads, n, D=dim, BD=padded, BT=block, **constants, **register_limit(warps, values),
+        num_warps=warps, num_stages=2,
     )  # fmt: skip
     value_error_kernel[(grid[0], grid[2])](
         values, codes, tables.centroids, tables.mean, tables.synthesis, error, *values.stride()[:3], kv_heads, n,
@@ -308,7 +333,7 @@ def _search_constants(codes: Codes, x: torch.Tensor) -> tuple[int, dict]:
     return chunk, dict(
         GROUPS=codes.groups, STAGES=codes.stages, CODE_BITS=codes.code_bits, SUB_DIM=codes.sub_dim, WIDTH=codes.width,
         PRECISION="ieee" if exact else "tf32", BS=max(16, codes.sub_dim),
-        BC=min(32 if x.dtype == torch.float32 else 64, 1 << codes.code_bits), BG=chunk,
+        BC=min(32 if exact else 64 if small else TILE[2], 1 << codes.code_bits), BG=chunk,
         SP=triton.next_power_of_2(chunk * codes.stages),
     )  # fmt: skip
 
