@@ -27,13 +27,14 @@ TINY_METHODS = ("fp8", "kivi-*", "turboquant-*", "kvquant-*", "cq-*1bit", "antkv
 
 
 def chosen(patterns: list[str], codebooks: list[str]) -> list[Method]:
-    """Methods whose name fits a pattern, then the codebooks; ValueError for a pattern that none fits."""
-    known = all_methods()
+    """The codebooks, then methods that fit a pattern, in their order; ValueError for a pattern that none fits."""
+    known, found = all_methods(), {}
     for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in known):
+        fitting = {name: method for name, method in known.items() if fnmatch(name, pattern)}
+        if not fitting:
             raise ValueError(f"--methods {pattern}: no method is called so; there are {', '.join(known)}")
-    found = [method for name, method in known.items() if any(fnmatch(name, pattern) for pattern in patterns)]
-    return [given_codebook(path) for path in codebooks] + found
+        found = {**found, **fitting}
+    return [*map(given_codebook, codebooks), *found.values()]
 
 
 def fits(method: Method, bench: Bench) -> bool:
@@ -84,7 +85,13 @@ def report(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--methods", nargs="*", default=["*"], metavar="PATTERN", help='e.g. "kivi-*"; all by default')
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=["*"],
+        metavar="PATTERN",
+        help='e.g. "kivi-*"; first things first; all by default',
+    )
     parser.add_argument("--codebooks", nargs="*", default=[], metavar="[NAME=]PATH", help="ours, measured first")
     parser.add_argument("--protocols", nargs="+", default=["W0", "S128", "cache"], choices=("W0", "S128", "cache"))
     parser.add_argument(

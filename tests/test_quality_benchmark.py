@@ -266,6 +266,14 @@ def arguments(script, *words: str) -> None:
         sys.argv = before
 
 
+def test_methods_come_in_the_order_asked_for():
+    names = [
+        method.name for method in quality.chosen(["ours-1bit", "kivi-*", "*-1bit"], ["mine=smollm2-135m-instruct-1bit"])
+    ]
+    assert names[:4] == ["mine", "ours-1bit", "kivi-4bit", "kivi-2bit"] and len(names) == len(set(names))
+    assert {"cq-1bit", "antkv-paper-1bit"} < set(names)
+
+
 def test_quality_script(tmp_path, capsys, monkeypatch):
     options = ["--out", tmp_path, "--work-dir", tmp_path / "work", "--device", "cpu", "--tiny"]
     arguments(quality, *options, "--methods", "fp8", "kivi-2bit", "kvquant-1bit", "antkv-paper-*", "ours-1bit")

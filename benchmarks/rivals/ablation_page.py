@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .report import Row, grouped, heading, markdown
+from .report import MARKERS, Row, grouped, heading, loss, loss_axis, markdown, pyplot, save
 
 NOT_YET = "Not measured yet."
 
@@ -71,38 +70,24 @@ def fill_page(page: Path, rows: Sequence[Row], folder: Path) -> None:
 
 def plot_parts(rows: Sequence[Row], out: Path) -> list[Path]:
     """A figure a part: ratio of perplexity to FP over the columns of its tables, a panel for each of them."""
-    if not importlib.util.find_spec("matplotlib"):
-        print("matplotlib is not installed: the plots were left out")
-        return []
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     written = []
-    for part in dict.fromkeys(row["part"] for row in rows if row["part"]):
+    for part in dict.fromkeys(row["part"] for row in rows if row["part"]) if plt else ():
         found = panels([row for row in rows if row["part"] == part])
         across = min(3, len(found))
         down = -(-len(found) // across)
-        figure, axes = plt.subplots(down, across, figsize=(5.5 * across, 4 * down), squeeze=False)
+        figure, axes = plt.subplots(down, across, figsize=(5.5 * across, 4.5 * down), squeeze=False)
         for axis in axes.flat[len(found) :]:
             axis.axis("off")
         for axis, ((setting, protocol), here) in zip(axes.flat, found.items()):
             columns = list(dict.fromkeys(row["x"] for row in here))
             for i, group in enumerate(dict.fromkeys(row["group"] for row in here)):
-                points = [(columns.index(r["x"]), float(r["ratio"])) for r in here if r["group"] == group]
-                axis.plot(*zip(*points), marker="o*sDv^"[i % 6], label=group)
+                points = [(columns.index(row["x"]), loss(row)) for row in here if row["group"] == group]
+                axis.plot(*zip(*points), marker=MARKERS[i % len(MARKERS)], label=group)
+            loss_axis(axis)
             axis.set_xticks(range(len(columns)), columns, fontsize=8)
             axis.set_title(f"{heading(setting)}\n{protocol}", fontsize=9)
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:.3g}")
-            axis.yaxis.set_minor_formatter("{x:.3g}")
-            axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize=7)
         axes[0][0].set_ylabel("perplexity over FP")
-        figure.tight_layout()
-        path = out / f"ablations-{part}.png"
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-        written.append(path)
+        written.append(save(figure, out / f"ablations-{part}.png"))
     return written

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 Row = dict[str, str]
+MARKERS = "o*sDv^"
+RATIOS = (1.0005, 1.001, 1.002, 1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 4)  # ticks of the plots
 
 
 def setting_of(row: Row) -> tuple[str, ...]:
@@ -64,45 +66,61 @@ def _bits(found: dict[str, Row]) -> float:
     return max(float(row["bits"]) for row in found.values())
 
 
-def plot_quality(rows: Sequence[Row], out: Path, largest: float = 3.0) -> list[Path]:
-    """Ratio of perplexity to FP against bits, a figure a protocol, a panel a text; worse than `largest` at the top."""
+def pyplot():
+    """matplotlib's pyplot without a screen, or None (with a line) where matplotlib is not installed."""
     if not importlib.util.find_spec("matplotlib"):
         print("matplotlib is not installed: the plots were left out")
-        return []
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def loss(row: Row) -> float:
+    """Ratio of perplexity to FP, less 1, within the axis of `loss_axis`: its height on the plots."""
+    return min(max(float(row["ratio"]) - 1, RATIOS[0] - 1), RATIOS[-1] - 1)
+
+
+def loss_axis(axis) -> None:
+    """A logarithmic axis of ratio - 1, labelled with the ratio, so that 1.001 and 2 are both legible."""
+    axis.set_yscale("log")
+    axis.set_ylim((RATIOS[0] - 1) * 0.9, (RATIOS[-1] - 1) * 1.1)
+    axis.set_yticks([ratio - 1 for ratio in RATIOS], [f"{ratio:g}" for ratio in RATIOS], fontsize=8)
+    axis.set_yticks([], minor=True)
+    axis.grid(alpha=0.3)
+
+
+def save(figure, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    figure.clear()
+    return path
+
+
+def plot_quality(rows: Sequence[Row], out: Path) -> list[Path]:
+    """Ratio of perplexity to FP against bits: a figure a protocol, a panel a text. Worse than 4 stands at the top."""
+    plt = pyplot()
     families = list(dict.fromkeys(row["family"] for row in rows if row["protocol"] != "FP"))
     written = []
-    for protocol in ("W0", "S128", "cache"):
-        panels = grouped(row for row in rows if row["protocol"] == protocol)
-        if not panels:
+    for protocol in ("W0", "S128", "cache") if plt else ():
+        found = grouped(row for row in rows if row["protocol"] == protocol)
+        if not found:
             continue
-        figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False)
-        for axis, (setting, here) in zip(axes[0], panels.items()):
+        figure, axes = plt.subplots(1, len(found), figsize=(6.5 * len(found), 5.5), squeeze=False)
+        for axis, (setting, here) in zip(axes[0], found.items()):
             for i, family in enumerate(families):
-                own = [(float(r["bits"]), float(r["ratio"])) for r in here if r["family"] == family]
-                style = dict(color=plt.get_cmap("tab20")(i % 20), marker="o*sDv^"[i % 6], label=family)
-                line = sorted((bits, min(ratio, largest)) for bits, ratio in own)
+                line = sorted((float(row["bits"]), loss(row)) for row in here if row["family"] == family)
+                color = plt.get_cmap("tab20")(2 * i % 20 + 2 * i // 20)
                 if line:
-                    axis.plot(*zip(*line), linewidth=1.2, markersize=5, **style)
-            axis.axhline(1.0, color="gray", linewidth=0.8)
+                    axis.plot(*zip(*line), color=color, marker=MARKERS[i % len(MARKERS)], markersize=5, label=family)
+            loss_axis(axis)
             axis.set(xlabel="bits an element, all counted", title=heading(setting))
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_ylim(0.99, largest * 1.03)
-            ticks = [t for t in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3) if t <= largest]
-            axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
-            axis.set_yticks([], minor=True)
             axis.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
-            axis.grid(alpha=0.3)
-        axes[0][0].set_ylabel(f"perplexity over FP, {protocol} (top: {largest:g} and worse)")
+        axes[0][0].set_ylabel(f"perplexity over FP, {protocol}")
         axes[0][-1].legend(fontsize=8)
-        figure.tight_layout()
-        path = out / f"quality-{protocol.lower()}.png"
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-        written.append(path)
+        written.append(save(figure, out / f"quality-{protocol.lower()}.png"))
     return written
