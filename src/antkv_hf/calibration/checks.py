@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from typing import Any
 
@@ -37,6 +38,16 @@ def check_model(model: PreTrainedModel) -> None:
         )
     if not model._can_set_attn_implementation():
         raise ValueError(f"{name} does not use transformers' AttentionInterface: its keys cannot be seen")
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Hash by which a run knows its model again: the name and the first elements of each parameter."""
+    weights = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        weights.update(name.encode())
+        if not parameter.is_meta:
+            weights.update(parameter.detach().flatten()[:4].float().cpu().numpy().tobytes())
+    return weights.hexdigest()[:16]
 
 
 def layers_to_learn(model: PreTrainedModel, config: AnTKVConfig) -> dict[int, Rotary | None]:

@@ -124,7 +124,7 @@ def _with_grad(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def frozen_for_statistics(model: PreTrainedModel) -> Iterator[None]:
+def frozen_for_statistics(model: PreTrainedModel, implementation: str = NAME) -> Iterator[None]:
     """Inside: evaluation mode, no parameter requires grad, attention is ours. All put back after, also on error."""
     config = model.config
     attention = {"": config._attn_implementation}
@@ -136,7 +136,7 @@ def frozen_for_statistics(model: PreTrainedModel) -> Iterator[None]:
     try:
         model.eval()
         model.requires_grad_(False)
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(implementation)
         yield
     finally:
         model.set_attn_implementation(attention)

@@ -22,7 +22,7 @@ from ..codecs import VQTables
 from ..config import AnTKVConfig
 from ..rotary import Rotary
 from ..texts import TextMix, mix_windows
-from .checks import check_model, check_sizes, layers_to_learn
+from .checks import check_model, check_sizes, layers_to_learn, weights_digest
 from .intercept import frozen_for_statistics
 from .processes import Processes
 from .statistics import LayerStatistics, window_statistics
@@ -154,16 +154,11 @@ def calibrate(
 
 
 def _settings(model: PreTrainedModel, config: AnTKVConfig, plan: _Plan, seed: int) -> dict[str, Any]:
-    """Everything that decides the statistics. Weights are told apart by the first elements of each parameter."""
-    weights = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        weights.update(name.encode())
-        if not parameter.is_meta:
-            weights.update(parameter.detach().flatten()[:4].float().cpu().numpy().tobytes())
+    """Everything that decides the statistics."""
     return {
         "format": 1,
         "model": digest({k: v for k, v in plan.described.items() if k != "base_model"}),
-        "weights": weights.hexdigest()[:16],
+        "weights": weights_digest(model),
         "dtype": str(model.dtype),
         "layers": sorted(plan.rotary),
         "rope": config.rope,

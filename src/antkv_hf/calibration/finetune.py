@@ -1,0 +1,277 @@
+"""`finetune`: trains the tables of a codebook so that the model over quantized keys gives its own logits again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..codebook import AnTKVCodebook, describe_model
+from ..texts import TextMix, mix_windows
+from .checks import check_model, weights_digest
+from .finetune_state import TrainingState
+from .intercept import frozen_for_statistics
+from .straight_through import NAME, Student
+from .work_folder import digest
+
+HELD_OUT = 8  # windows that are never trained on: the loss before and after
+SAVE_EVERY = 10  # steps
+_LOGIT_ROWS = 512  # rows of logits compared at a time
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The numbers of a run; raises ValueError naming the first that cannot be."""
+
+    steps: int
+    batch: int
+    window: int
+    windowed: float
+    learning_rate: float
+    seed: int
+    tokens: int
+    micro_batch: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.windowed <= 1:
+            raise ValueError(f"windowed={self.windowed} must lie between 0 and 1: it is a share of the windows")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate={self.learning_rate} must lie between 0 and 1, e.g. 0.005")
+
+    def check_window(self, exact: int) -> None:
+        """Raises ValueError if a window of text holds nothing to train on beside the `exact` last keys."""
+        least = max(2, exact + 1 if self.windowed else 2)
+        if self.window < least:
+            raise ValueError(
+                f"window={self.window} must be at least {least}: the last {exact} keys of a query stay exact, and "
+                "what is older is trained"
+            )
+        if self.tokens // self.window < (needed := self.batch + HELD_OUT):
+            raise ValueError(
+                f"tokens={self.tokens} are {self.tokens // self.window} windows of {self.window}, but a batch of "
+                f"{self.batch} and {HELD_OUT} held-out windows need {needed}: raise tokens to {needed * self.window}, "
+                "or lower window or batch"
+            )
+
+    def parts(self, exact: int) -> list[tuple[slice, int]]:
+        """Rows of a batch that run together, and their exact window: `windowed` of the rows have one, others none."""
+        split = round(self.windowed * self.batch)
+        cuts = [(0, split, exact), (split, self.batch, 0)]
+        return [
+            (slice(i, min(i + self.micro_batch, last)), size)
+            for first, last, size in cuts
+            for i in range(first, last, self.micro_batch)
+        ]
+
+    def order(self, count: int) -> torch.Tensor:
+        """Windows of each step ``(steps, batch)``: all `count` in random order, then again in another."""
+        needed = self.steps * self.batch
+        generator = torch.Generator().manual_seed(self.seed)
+        rounds = [torch.randperm(count, generator=generator) for _ in range(-(-needed // count))]
+        return torch.cat(rounds)[:needed].view(self.steps, self.batch)
+
+    def rate(self, step: int) -> float:
+        """Cosine from the learning rate to 0."""
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def finetune(
+    model: PreTrainedModel,
+    tokenizer,
+    texts: TextMix | Sequence[str],
+    codebook: AnTKVCodebook,
+    *,
+    steps: int = 150,
+    batch: int = 8,
+    window: int = 1024,
+    windowed: float = 0.75,
+    learning_rate: float = 5e-3,
+    seed: int = 0,
+    tokens: int = 262144,
+    micro_batch: int = 2,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+    sources: Sequence[str] | None = None,
+) -> AnTKVCodebook:
+    """Trains a codebook's centroids by distillation: least KL(logits of the model || logits over quantized keys).
+
+    Every step runs the model as it is and with keys and values coded by the tables as they stand, sinks and anchors
+    exact, errors running from layer to layer (see `straight_through`); Adam with a cosine moves the centroids. Some
+    windows of text are seen as in use, with the codebook's recent window exact (protocol S<n>), the rest with every
+    token coded (W0): tables tuned for W0 alone lose at long contexts. Means, bases and metrics stay.
+
+    Peak memory beside the weights: the activations of `micro_batch` windows (their whole graph, about 40 to 60 bytes
+    for each token, layer and hidden channel in float32) + 3 * micro_batch * window * vocabulary elements of logits + 16
+    bytes for each element of the centroids. Layers that a cache leaves exact stay exact.
+
+    Args:
+        model: the codebook's model, on the device and in the dtype to compute in; float32 matrix products of a GPU run
+            in TF32. It is left as it was.
+        tokenizer, texts: as for `calibrate`.
+        codebook: tables to start from; it is not changed.
+        steps, batch: steps of Adam, and windows of text in each.
+        window: tokens of a window of text, more than the codebook's exact window.
+        windowed: share of each batch in which the recent window is exact.
+        learning_rate: of the first step, as a share of the root mean square of a table's centroids.
+        seed: decides text and order. The same seed gives the same tables on a CPU with the same number of threads; on
+            a GPU the backward pass of attention adds in an order that changes, so they agree to rounding only.
+        tokens: of text to draw from, used again once all is seen; 8 windows of it are held out to measure the loss.
+        micro_batch: windows that run together; the rest of a batch follows.
+        work_dir: where the run is saved every 10 steps. One that was stopped goes on from there, with the result of an
+            uninterrupted one. None: nothing is saved.
+        progress: show a progress bar with the loss of the last step.
+        sources: what the card says about the texts, instead of their names.
+
+    Returns:
+        A codebook of the same specs and shapes, without measured rows. ``calibration["finetune"]`` holds the numbers
+        of the run and, by protocol, the held-out loss (nats a token) before and after.
+
+    Raises:
+        ValueError: before any work: numbers that cannot be, too little text, a codebook of another model, or none.
+
+    Example:
+        >>> tuned = finetune(model, tokenizer, TextMix.from_sources(["wiki.txt=0.5", "code/=0.5"]), codebook)
+        >>> tuned.save_pretrained("codebooks/my-model-1bit-tuned")
+    """
+    run = _Run(steps, batch, window, windowed, learning_rate, seed, tokens, micro_batch)
+    if not isinstance(codebook, AnTKVCodebook):
+        raise ValueError(
+            f"there are no tables to train in a {type(codebook).__name__}: give an AnTKVCodebook, as calibrate makes; "
+            "scalar and identity codecs have none"
+        )
+    mix = TextMix.of(texts)
+    check_model(model)
+    student = Student(model, codebook)
+    exact = student.config.window
+    run.check_window(exact)
+    pool = mix_windows(tokenizer, mix, window, tokens // window, seed)
+    held, pool = pool[:HELD_OUT], pool[HELD_OUT:]
+    place = None
+    if work_dir is not None:
+        place = Path(work_dir) / f"finetune-{digest(_settings(model, codebook, run, pool))}.safetensors"
+    with frozen_for_statistics(model, NAME), _fast_products(model):
+        student.prepare(model, held[:1, : exact + 1])
+        state = TrainingState(student.parameters(), place)
+        if not state.facts:
+            state.facts = {"before": _losses(model, student, held, run)}
+        _train(model, student, pool, run, state, progress)
+        tuned = AnTKVCodebook(codebook.config, student.tables(), codebook.model)
+        after = _losses(model, Student(model, tuned), held, run)
+    facts = {k: v for k, v in asdict(run).items() if k != "micro_batch"}
+    facts |= {
+        "sources": list(sources) if sources is not None else mix.describe(),
+        "loss": {name: [state.facts["before"][name], after[name]] for name in after},
+        "date": date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    # What k-means left of its samples is no longer what these tables leave.
+    made = {name: fact for name, fact in codebook.calibration.items() if name != "relative_error"}
+    return AnTKVCodebook(codebook.config, tuned.tables, codebook.model, {**made, "finetune": facts})
+
+
+def _settings(model: PreTrainedModel, codebook: AnTKVCodebook, run: _Run, pool: torch.Tensor) -> dict[str, Any]:
+    """All that decides the tables."""
+    described = describe_model(model.config.get_text_config(decoder=True))
+    return {
+        "format": 1,
+        "model": digest({k: v for k, v in described.items() if k != "base_model"}),
+        "weights": weights_digest(model),
+        "dtype": str(model.dtype),
+        "codebook": codebook.sha256,
+        "config": codebook.config.to_dict(),
+        "text": hashlib.sha256(pool.numpy().tobytes()).hexdigest()[:16],
+        **asdict(run),
+    }
+
+
+def _train(
+    model: PreTrainedModel, student: Student, pool: torch.Tensor, run: _Run, state: TrainingState, progress: bool
+) -> None:
+    """The steps that are still to do."""
+    order, parts = run.order(len(pool)), run.parts(student.config.window)
+    with tqdm(total=run.steps, initial=state.step, desc="finetune", unit="step", disable=not progress) as bar:
+        while state.step < run.steps:
+            ids = pool[order[state.step]]
+            losses = [_distill(model, student, ids[rows], exact, True) * len(ids[rows]) for rows, exact in parts]
+            loss = float(torch.stack(losses).sum()) / run.batch
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"step {state.step}: the loss is {loss} in {model.dtype}: load the model in bfloat16 or float32, "
+                    f"or lower learning_rate={run.learning_rate}"
+                )
+            state.update(run.rate(state.step))
+            if state.step % SAVE_EVERY == 0 or state.step == run.steps:
+                state.save()
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+
+def _losses(model: PreTrainedModel, student: Student, held: torch.Tensor, run: _Run) -> dict[str, float]:
+    """Held-out loss by protocol, nats a token."""
+    found = {}
+    for name, exact in (("W0", 0), (f"S{student.config.window}", student.config.window)):
+        parts = [_distill(model, student, ids, exact, False) * len(ids) for ids in held.split(run.micro_batch)]
+        found[name] = round(float(torch.stack(parts).sum()) / len(held), 5)
+    return found
+
+
+def _distill(model: PreTrainedModel, student: Student, ids: torch.Tensor, exact: int, train: bool) -> torch.Tensor:
+    """Mean KL a token of some windows ``(batch, n)``; with `train` the gradient of its sum is added to the tables'."""
+    ids = ids.to(model.device)
+    with torch.no_grad():
+        target = model(input_ids=ids, use_cache=False).logits
+    with student.active(exact), torch.set_grad_enabled(train):
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss, gradient = kl_gradient(logits.detach(), target, train)
+        del target
+        if train:
+            logits.backward(gradient)
+    return loss
+
+
+def kl_gradient(
+    logits: torch.Tensor, target: torch.Tensor, wanted: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """KL(softmax(target) || softmax(logits)) and its gradient by `logits`, their difference; in blocks of rows.
+
+    Args:
+        logits, target: ``(batch, n, vocabulary)``. wanted: False leaves the gradient out.
+
+    Returns:
+        mean over all tokens (a scalar); the gradient of their sum, like `logits`.
+    """
+    gradient = torch.empty_like(logits) if wanted else None
+    total = torch.zeros((), device=logits.device)
+    for start in range(0, logits.shape[1], _LOGIT_ROWS):
+        rows = slice(start, start + _LOGIT_ROWS)
+        student, teacher = (x[:, rows].float().log_softmax(-1) for x in (logits, target))
+        probs = teacher.exp()
+        total += (probs * (teacher - student)).sum()
+        if gradient is not None:
+            gradient[:, rows] = student.exp_().sub_(probs)
+    return total / logits.shape[:2].numel(), gradient
+
+
+@contextmanager
+def _fast_products(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a GPU multiplies float32 matrices in TF32."""
+    before = torch.get_float32_matmul_precision()
+    if model.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,205 @@
+"""A model that attends over quantized keys and values, with gradients: attention implementation "antkv_finetuning".
+
+Each key and value is x^ = decode(encode(x)) as a cache gives it back, anchors and sinks included. Gradients pass to the
+centroids that were chosen, and straight through to x (arXiv 1308.3432), so that earlier layers hear of later errors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ..cache.cache import AnTKVCache
+from ..cache.layer import AnTKVLayer
+from ..codebook import AnTKVCodebook
+from ..codecs import LayerCodec, VectorQuantizer, VQTables
+from ..evaluation.protocols import read_back, windowed_attention
+from .intercept import calibration_attention_forward
+
+NAME = "antkv_finetuning"
+ROWS = 512  # queries answered at a time: keys that come after them are left out
+
+
+class TrainedQuantizer:
+    """A `VectorQuantizer` whose centroids are a parameter.
+
+    They are trained in the space in which they are chosen, for keys that of the metric root, as shares of the root mean
+    square of their table: there a step costs about the same in every table, so one learning rate serves all. The means
+    are not trained: moving them is moving all centroids of a table.
+
+    Args:
+        quantizer: the codec to start from; it is not changed.
+    """
+
+    def __init__(self, quantizer: VectorQuantizer):
+        self._quantizer, root = quantizer, quantizer.metric_root
+        start = quantizer.encode_centroids  # (kv_heads * groups, stages, K, sub_dim)
+        self._scale = start.square().mean((2, 3), keepdim=True).sqrt().clamp_min(torch.finfo(start.dtype).tiny)
+        self._to_plain = None if root is None else torch.linalg.inv(root.double()).mT.to(root.dtype)
+        self.parameter = (start / self._scale).requires_grad_()
+
+    def live(self) -> VectorQuantizer:
+        """The codec as it stands; what it decodes has gradients by the parameter."""
+        live = copy.copy(self._quantizer)
+        trained = self.parameter * self._scale
+        live.encode_centroids = trained.detach()
+        live.centroids = trained
+        if self._to_plain is not None:
+            live.centroids = (trained.flatten(1, 2) @ self._to_plain).view_as(trained)
+        return live
+
+    @torch.no_grad()
+    def stored(self, tables: VQTables) -> VQTables:
+        """`tables` with the trained centroids, in the same shape and dtype."""
+        centroids = self.live().centroids.view(tables.centroids.shape).to(tables.centroids)
+        return replace(tables, centroids=centroids.contiguous())
+
+
+class Student:
+    """The layers that a cache would quantize, with tables in training.
+
+    Args:
+        model, codebook: as for `AnTKVCache`; raises ValueError if they do not fit each other.
+    """
+
+    def __init__(self, model: PreTrainedModel, codebook: AnTKVCodebook):
+        cache = AnTKVCache(model.config, codebook=codebook)
+        self.codebook, self.config, self.window = codebook, cache.antkv_config, 0
+        self._plans = {i: layer.plan for i, layer in enumerate(cache.layers) if isinstance(layer, AnTKVLayer)}
+        self._layers: dict[int, tuple[LayerCodec, TrainedQuantizer, TrainedQuantizer]] = {}
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._plans
+
+    @contextmanager
+    def active(self, window: int) -> Iterator[None]:
+        """Inside, the model's attention is the student's; the last `window` keys of a query are exact (0: none)."""
+        self.window = window
+        token = _STUDENT.set(self)
+        try:
+            yield
+        finally:
+            _STUDENT.reset(token)
+
+    def prepare(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
+        """Places the tables where their layers compute, by a forward pass over a few tokens `ids` ``(1, n)``.
+
+        Raises:
+            ValueError: a layer whose attention does not go through transformers' AttentionInterface.
+        """
+        with torch.no_grad(), self.active(self.config.window):
+            model(input_ids=ids.to(model.device), use_cache=False)
+        if missing := sorted(set(self._plans) - set(self._layers)):
+            raise ValueError(
+                f"the attention of layer {missing[0]} of {type(model).__name__} was not seen: it does not go through "
+                "transformers' AttentionInterface, so its tables cannot be trained (add it to skip_layers?)"
+            )
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Trained tensors ``layers.<i>.<key|value>``; complete after `prepare`."""
+        return {
+            f"layers.{layer}.{role}": trained.parameter
+            for layer in sorted(self._layers)
+            for role, trained in zip(("key", "value"), self._layers[layer][1:])
+        }
+
+    def tables(self) -> dict[int, tuple[VQTables, VQTables]]:
+        """Tables of all layers as they stand, in the form in which the codebook holds them."""
+        tables = dict(self.codebook.tables)
+        for layer, (_, key, value) in self._layers.items():
+            tables[layer] = (key.stored(tables[layer][0]), value.stored(tables[layer][1]))
+        return tables
+
+    def attend(self, layer: int, query, keys, values, scale: float, softcap=None, sink_logit=None) -> torch.Tensor:
+        """Causal attention: query ``(batch, q_heads, n, dim)`` -> ``(batch, q_heads, n, value_dim)``."""
+        if layer not in self._layers:
+            plan = self._plans[layer]
+            codec = plan.codec(keys.device, keys.shape[1], keys.shape[3], values.shape[3])
+            # The tables that come with each layer decide how it is coded.
+            assert isinstance(codec.key, VectorQuantizer) and isinstance(codec.value, VectorQuantizer)
+            self._layers[layer] = (codec, TrainedQuantizer(codec.key), TrainedQuantizer(codec.value))
+        codec, key, value = self._layers[layer]
+        live = LayerCodec(key.live(), value.live(), codec.rotary)
+        with torch.autocast(query.device.type, enabled=False):
+            read = read_back(
+                live, self.config, self.window, query.detach(), keys.detach(), values.detach(), scale, softcap,
+                sink_logit,
+            )  # fmt: skip
+        read_keys, read_values = (straight_through(x, q) for x, q in zip((keys, values), read))
+        if softcap is None and sink_logit is None:
+            # Its expanded keys are made again in the backward pass, not held by every layer at once.
+            return checkpoint(
+                fused_windowed_attention, query, keys, values, read_keys, read_values, self.window, scale,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
+        return windowed_attention(
+            query, keys, values, read_keys, read_values, self.window, scale, softcap, sink_logit
+        ).to(query.dtype)
+
+
+def straight_through(x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """`quantized` in the dtype of `x`, with the gradient of the identity by `x` besides its own."""
+    return quantized.to(x.dtype) + (x - x.detach())
+
+
+def fused_windowed_attention(query, keys, values, read_keys, read_values, window: int, scale: float) -> torch.Tensor:
+    """`evaluation.protocols.windowed_attention` by PyTorch's fused kernels, in the dtype of the query."""
+    n, group = query.shape[2], query.shape[1] // keys.shape[1]
+
+    def attend(rows: slice, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        return scaled_dot_product_attention(query[:, :, rows], k, v, mask, is_causal=mask is None, scale=scale)
+
+    if not window:
+        return attend(slice(None), read_keys, read_values, None)
+    parts = []
+    for start in range(0, n, ROWS):
+        stop = min(start + ROWS, n)
+        old, recent = slice(0, max(stop - window, 0)), slice(max(start - window + 1, 0), stop)
+        row = torch.arange(start, stop, device=query.device).unsqueeze(1)
+        past = torch.arange(old.stop, device=query.device) <= row - window
+        column = torch.arange(recent.start, stop, device=query.device)
+        mask = torch.cat([past, (column <= row) & (column > row - window)], 1)
+        k = torch.cat([read_keys[:, :, old], keys[:, :, recent]], 2)
+        v = torch.cat([read_values[:, :, old], values[:, :, recent]], 2)
+        parts.append(attend(slice(start, stop), k, v, mask))
+    return torch.cat(parts, 2)
+
+
+_STUDENT: ContextVar[Student | None] = ContextVar("antkv_student", default=None)
+
+
+def finetuning_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of transformers' interface: the student's where it is active, else exact. For texts without padding."""
+    student, layer = _STUDENT.get(), getattr(module, "layer_idx", None)
+    if student is None or layer is None or layer not in student:
+        return calibration_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, s_aux=s_aux, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = student.attend(layer, query, key, value, scale, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, finetuning_attention_forward)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
