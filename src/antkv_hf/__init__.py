@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .cache.cache import AnTKVCache
     from .cache.footprint import MemoryFootprint
     from .calibration import calibrate
+    from .calibration.finetune import finetune
     from .codebook import AnTKVCodebook
     from .config import AnchorConfig, AnTKVConfig, VQSpec
     from .generation import antkv_generate
@@ -26,6 +27,7 @@ __all__ = [
     "VQSpec",
     "antkv_generate",
     "calibrate",
+    "finetune",
 ]
 
 _HOMES = {
@@ -37,6 +39,7 @@ _HOMES = {
     "VQSpec": ".config",
     "antkv_generate": ".generation",
     "calibrate": ".calibration",
+    "finetune": ".calibration",
 }
 
 

@@ -182,6 +182,18 @@ def calibrate(
     ] = None,
     base_model: Annotated[str | None, typer.Option(help="Hub id of the model, for the card.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the codebook, for the card, e.g. apache-2.0.")] = None,
+    finetune: Annotated[
+        int, typer.Option(metavar="STEPS", min=0, help="Then train the tables by distillation, e.g. 150; 0: not.")
+    ] = 0,
+    micro_batch: Annotated[
+        int, typer.Option(min=1, help="Windows of fine-tuning, of 8, that run together; fewer take less memory.")
+    ] = 8,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="CODEBOOK", help="Fine-tune this one (folder, Hub id, shipped name), learn none."
+        ),
+    ] = None,
     settings: Settings = None,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -190,6 +202,9 @@ def calibrate(
 
     Example: antkv calibrate smollm2 wiki.txt=0.5 code/=0.5 --bits 1 -o codebooks/smollm2-1bit
 
+    Fine-tuning runs on one GPU; with --work-dir a stopped run goes on. An existing codebook:
+    antkv calibrate smollm2 wiki.txt code/ --from smollm2-135m-instruct-1bit --finetune 150 -o tuned
+
     Several GPUs share the work, each with the whole model; the tables are those of one:
     torchrun --nproc-per-node 4 -m antkv_hf.cli calibrate ... (or accelerate launch -m antkv_hf.cli calibrate ...)
     """
@@ -197,26 +212,46 @@ def calibrate(
     import tempfile
 
     from .calibration import calibrate as learn
+    from .calibration.finetune import Numbers
+    from .calibration.finetune import finetune as tune
     from .calibration.processes import Processes, device_of, on_cpu
+    from .codebook import AnTKVCodebook
     from .config import AnTKVConfig
     from .demo_model import REPO, WORD
     from .evaluation import save_codebook
     from .texts import TextMix
 
+    given = None
+    if start is not None:
+        if not finetune:
+            raise ValueError("--from CODEBOOK only fine-tunes it: add --finetune STEPS, e.g. --finetune 150")
+        if bits or key_bits or value_bits or settings:
+            raise ValueError(
+                "--from keeps the bits and settings of its codebook: leave out --bits, --key-bits, "
+                "--value-bits and --set"
+            )
+        given = AnTKVCodebook.from_pretrained(_codebook_place(start))
     wanted = bits or ["1"]
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings) for b in wanted]
+    for config in configs if finetune else ():  # before k-means, which takes minutes
+        Numbers(steps=finetune, tokens=tokens).check_text((given.config if given else config).window)
     mix = TextMix.from_sources(texts)
     with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(on_cpu(device)) as processes:
         loaded, tokenizer = _load_model(model, device_of(device, processes.local_rank), dtype)
         for b, config in zip(wanted, configs, strict=True):
             folder = output if len(wanted) == 1 else output / f"{b.removesuffix('bit')}bit"
-            codebook = learn(
+            codebook = given or learn(
                 loaded, tokenizer, mix, config, tokens=tokens, window=window, seed=seed, samples=samples,
                 work_dir=work_dir or scratch, base_model=base_model or (REPO if model == WORD else None),
                 license=license,
             )  # fmt: skip
             if processes.rank:
                 continue
+            if finetune:
+                codebook = tune(
+                    loaded, tokenizer, mix, codebook, steps=finetune, tokens=tokens, seed=seed,
+                    micro_batch=micro_batch, work_dir=work_dir,
+                )  # fmt: skip
             save_codebook(codebook, folder)
             typer.echo(f"wrote {folder} ({codebook.tables_bytes() / 1e6:.1f} MB of tables)")
             _say(f"next: antkv evaluate {model} {folder} --text FILE --save")

@@ -1,5 +1,6 @@
-"""Learns the tables of a model from text: statistics of its keys and values, bases, k-means."""
+"""Learns the tables of a model from text: statistics of its keys and values, bases, k-means, distillation."""
 
+from .finetune import finetune
 from .run import calibrate
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "finetune"]

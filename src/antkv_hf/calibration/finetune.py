@@ -26,38 +26,39 @@ from .work_folder import digest
 
 HELD_OUT = 8  # windows that are never trained on: the loss before and after
 SAVE_EVERY = 10  # steps
-_LOGIT_ROWS = 512  # rows of logits compared at a time
+_LOGITS = 1 << 26  # compared at a time: 256 MB in float32
+_LEAST_LOSS = 1e-6  # nats: below it tables are as good as exact, and a loss relative to it means nothing
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The numbers of a run; raises ValueError naming the first that cannot be."""
+class Numbers:
+    """The numbers of a run, with their defaults; raises ValueError naming the first that cannot be."""
 
-    steps: int
-    batch: int
-    window: int
-    windowed: float
-    learning_rate: float
-    seed: int
-    tokens: int
-    micro_batch: int
+    steps: int = 150
+    batch: int = 8
+    window: int = 1024
+    windowed: float = 0.75
+    learning_rate: float = 5e-3
+    seed: int = 0
+    tokens: int = 262144
+    micro_batch: int = 8
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.windowed <= 1:
-            raise ValueError(f"windowed={self.windowed} must lie between 0 and 1: it is a share of the windows")
+            raise ValueError(f"windowed={self.windowed} must lie between 0 and 1: it is a share of the steps")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate={self.learning_rate} must lie between 0 and 1, e.g. 0.005")
 
-    def check_window(self, exact: int) -> None:
-        """Raises ValueError if a window of text holds nothing to train on beside the `exact` last keys."""
-        least = max(2, exact + 1 if self.windowed else 2)
+    def check_text(self, exact: int) -> None:
+        """Raises ValueError if windows of text leave nothing to train on beside the `exact` last keys, or are few."""
+        least = exact + 1 if self.windowed else 2
         if self.window < least:
             raise ValueError(
-                f"window={self.window} must be at least {least}: the last {exact} keys of a query stay exact, and "
-                "what is older is trained"
+                f"window={self.window} must be at least {least}: the last {exact} keys of a query stay exact, and only "
+                "what is older trains the tables"
             )
         if self.tokens // self.window < (needed := self.batch + HELD_OUT):
             raise ValueError(
@@ -66,15 +67,9 @@ class _Run:
                 "or lower window or batch"
             )
 
-    def parts(self, exact: int) -> list[tuple[slice, int]]:
-        """Rows of a batch that run together, and their exact window: `windowed` of the rows have one, others none."""
-        split = round(self.windowed * self.batch)
-        cuts = [(0, split, exact), (split, self.batch, 0)]
-        return [
-            (slice(i, min(i + self.micro_batch, last)), size)
-            for first, last, size in cuts
-            for i in range(first, last, self.micro_batch)
-        ]
+    def is_windowed(self, step: int) -> bool:
+        """Whether the recent window is exact in a step; such steps are spread evenly."""
+        return math.floor((step + 1) * self.windowed) > math.floor(step * self.windowed)
 
     def order(self, count: int) -> torch.Tensor:
         """Windows of each step ``(steps, batch)``: all `count` in random order, then again in another."""
@@ -94,14 +89,14 @@ def finetune(
     texts: TextMix | Sequence[str],
     codebook: AnTKVCodebook,
     *,
-    steps: int = 150,
-    batch: int = 8,
-    window: int = 1024,
-    windowed: float = 0.75,
-    learning_rate: float = 5e-3,
-    seed: int = 0,
-    tokens: int = 262144,
-    micro_batch: int = 2,
+    steps: int = Numbers.steps,
+    batch: int = Numbers.batch,
+    window: int = Numbers.window,
+    windowed: float = Numbers.windowed,
+    learning_rate: float = Numbers.learning_rate,
+    seed: int = Numbers.seed,
+    tokens: int = Numbers.tokens,
+    micro_batch: int = Numbers.micro_batch,
     work_dir: str | Path | None = None,
     progress: bool = True,
     sources: Sequence[str] | None = None,
@@ -110,12 +105,13 @@ def finetune(
 
     Every step runs the model as it is and with keys and values coded by the tables as they stand, sinks and anchors
     exact, errors running from layer to layer (see `straight_through`); Adam with a cosine moves the centroids. Some
-    windows of text are seen as in use, with the codebook's recent window exact (protocol S<n>), the rest with every
-    token coded (W0): tables tuned for W0 alone lose at long contexts. Means, bases and metrics stay.
+    steps see text as in use, with the codebook's recent window exact (protocol S<n>), the others with every token coded
+    (W0): tables tuned for W0 alone lose at long contexts. Each protocol's loss counts relative to what it was before.
+    Means, bases and metrics stay; layers that a cache leaves exact stay exact.
 
-    Peak memory beside the weights: the activations of `micro_batch` windows (their whole graph, about 40 to 60 bytes
-    for each token, layer and hidden channel in float32) + 3 * micro_batch * window * vocabulary elements of logits + 16
-    bytes for each element of the centroids. Layers that a cache leaves exact stay exact.
+    Peak memory beside the weights: the activations of `micro_batch` windows (their whole graph; about 90 bytes for each
+    token, layer and hidden channel in float32, measured on SmolLM2) + 3 * micro_batch * window * vocabulary elements of
+    logits + 16 bytes for each element of the centroids. SmolLM2 in float32, 8 windows of 1,024 tokens: 17.7 GB.
 
     Args:
         model: the codebook's model, on the device and in the dtype to compute in; float32 matrix products of a GPU run
@@ -124,15 +120,15 @@ def finetune(
         codebook: tables to start from; it is not changed.
         steps, batch: steps of Adam, and windows of text in each.
         window: tokens of a window of text, more than the codebook's exact window.
-        windowed: share of each batch in which the recent window is exact.
+        windowed: share of the steps in which the recent window is exact, spread evenly.
         learning_rate: of the first step, as a share of the root mean square of a table's centroids.
         seed: decides text and order. The same seed gives the same tables on a CPU with the same number of threads; on
             a GPU the backward pass of attention adds in an order that changes, so they agree to rounding only.
         tokens: of text to draw from, used again once all is seen; 8 windows of it are held out to measure the loss.
-        micro_batch: windows that run together; the rest of a batch follows.
+        micro_batch: windows of a batch that run together; fewer take less memory and more time.
         work_dir: where the run is saved every 10 steps. One that was stopped goes on from there, with the result of an
             uninterrupted one. None: nothing is saved.
-        progress: show a progress bar with the loss of the last step.
+        progress: show a progress bar with the last loss under each protocol.
         sources: what the card says about the texts, instead of their names.
 
     Returns:
@@ -146,7 +142,7 @@ def finetune(
         >>> tuned = finetune(model, tokenizer, TextMix.from_sources(["wiki.txt=0.5", "code/=0.5"]), codebook)
         >>> tuned.save_pretrained("codebooks/my-model-1bit-tuned")
     """
-    run = _Run(steps, batch, window, windowed, learning_rate, seed, tokens, micro_batch)
+    run = Numbers(steps, batch, window, windowed, learning_rate, seed, tokens, micro_batch)
     if not isinstance(codebook, AnTKVCodebook):
         raise ValueError(
             f"there are no tables to train in a {type(codebook).__name__}: give an AnTKVCodebook, as calibrate makes; "
@@ -156,7 +152,7 @@ def finetune(
     check_model(model)
     student = Student(model, codebook)
     exact = student.config.window
-    run.check_window(exact)
+    run.check_text(exact)
     pool = mix_windows(tokenizer, mix, window, tokens // window, seed)
     held, pool = pool[:HELD_OUT], pool[HELD_OUT:]
     place = None
@@ -182,7 +178,7 @@ def finetune(
     return AnTKVCodebook(codebook.config, tuned.tables, codebook.model, {**made, "finetune": facts})
 
 
-def _settings(model: PreTrainedModel, codebook: AnTKVCodebook, run: _Run, pool: torch.Tensor) -> dict[str, Any]:
+def _settings(model: PreTrainedModel, codebook: AnTKVCodebook, run: Numbers, pool: torch.Tensor) -> dict[str, Any]:
     """All that decides the tables."""
     described = describe_model(model.config.get_text_config(decoder=True))
     return {
@@ -198,15 +194,16 @@ def _settings(model: PreTrainedModel, codebook: AnTKVCodebook, run: _Run, pool: 
 
 
 def _train(
-    model: PreTrainedModel, student: Student, pool: torch.Tensor, run: _Run, state: TrainingState, progress: bool
+    model: PreTrainedModel, student: Student, pool: torch.Tensor, run: Numbers, state: TrainingState, progress: bool
 ) -> None:
     """The steps that are still to do."""
-    order, parts = run.order(len(pool)), run.parts(student.config.window)
+    order, names = run.order(len(pool)), _protocols(student)
+    seen: dict[str, str] = {}
     with tqdm(total=run.steps, initial=state.step, desc="finetune", unit="step", disable=not progress) as bar:
         while state.step < run.steps:
-            ids = pool[order[state.step]]
-            losses = [_distill(model, student, ids[rows], exact, True) * len(ids[rows]) for rows, exact in parts]
-            loss = float(torch.stack(losses).sum()) / run.batch
+            name = list(names)[run.is_windowed(state.step)]
+            weight = 1 / max(state.facts["before"][name], _LEAST_LOSS)
+            loss = _distill(model, student, pool[order[state.step]], names[name], run.micro_batch, weight)
             if not math.isfinite(loss):
                 raise ValueError(
                     f"step {state.step}: the loss is {loss} in {model.dtype}: load the model in bfloat16 or float32, "
@@ -215,53 +212,61 @@ def _train(
             state.update(run.rate(state.step))
             if state.step % SAVE_EVERY == 0 or state.step == run.steps:
                 state.save()
+            seen[name] = f"{loss:.4f}"
             bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.set_postfix(seen)
 
 
-def _losses(model: PreTrainedModel, student: Student, held: torch.Tensor, run: _Run) -> dict[str, float]:
+def _protocols(student: Student) -> dict[str, int]:
+    """Exact window of the two protocols by name; W0 first."""
+    return {"W0": 0, f"S{student.config.window}": student.config.window}
+
+
+def _losses(model: PreTrainedModel, student: Student, held: torch.Tensor, run: Numbers) -> dict[str, float]:
     """Held-out loss by protocol, nats a token."""
-    found = {}
-    for name, exact in (("W0", 0), (f"S{student.config.window}", student.config.window)):
-        parts = [_distill(model, student, ids, exact, False) * len(ids) for ids in held.split(run.micro_batch)]
-        found[name] = round(float(torch.stack(parts).sum()) / len(held), 5)
-    return found
+    names = _protocols(student)
+    return {name: round(_distill(model, student, held, names[name], run.micro_batch), 5) for name in names}
 
 
-def _distill(model: PreTrainedModel, student: Student, ids: torch.Tensor, exact: int, train: bool) -> torch.Tensor:
-    """Mean KL a token of some windows ``(batch, n)``; with `train` the gradient of its sum is added to the tables'."""
-    ids = ids.to(model.device)
-    with torch.no_grad():
-        target = model(input_ids=ids, use_cache=False).logits
-    with student.active(exact), torch.set_grad_enabled(train):
-        logits = model(input_ids=ids, use_cache=False).logits
-        loss, gradient = kl_gradient(logits.detach(), target, train)
-        del target
-        if train:
-            logits.backward(gradient)
-    return loss
+def _distill(
+    model: PreTrainedModel, student: Student, ids: torch.Tensor, exact: int, micro_batch: int, weight: float = 0.0
+) -> float:
+    """Mean KL a token of windows `ids` ``(batch, n)``; `weight` times its gradient, summed, is added to the tables'."""
+    total = 0.0
+    for part in ids.to(model.device).split(micro_batch):
+        with torch.no_grad():
+            target = model(input_ids=part, use_cache=False).logits
+        with student.active(exact), torch.set_grad_enabled(weight != 0):
+            logits = model(input_ids=part, use_cache=False).logits
+            loss, gradient = kl_gradient(logits.detach(), target, weight)
+            del target
+            if gradient is not None:
+                logits.backward(gradient)
+        total += float(loss) * len(part)
+    return total / len(ids)
 
 
 def kl_gradient(
-    logits: torch.Tensor, target: torch.Tensor, wanted: bool = True
+    logits: torch.Tensor, target: torch.Tensor, weight: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """KL(softmax(target) || softmax(logits)) and its gradient by `logits`, their difference; in blocks of rows.
 
     Args:
-        logits, target: ``(batch, n, vocabulary)``. wanted: False leaves the gradient out.
+        logits, target: ``(batch, n, vocabulary)``. weight: factor on the gradient; 0 leaves it out.
 
     Returns:
         mean over all tokens (a scalar); the gradient of their sum, like `logits`.
     """
-    gradient = torch.empty_like(logits) if wanted else None
+    gradient = torch.empty_like(logits) if weight else None
     total = torch.zeros((), device=logits.device)
-    for start in range(0, logits.shape[1], _LOGIT_ROWS):
-        rows = slice(start, start + _LOGIT_ROWS)
+    step = max(1, _LOGITS // (logits.shape[0] * logits.shape[2]))
+    for start in range(0, logits.shape[1], step):
+        rows = slice(start, start + step)
         student, teacher = (x[:, rows].float().log_softmax(-1) for x in (logits, target))
         probs = teacher.exp()
         total += (probs * (teacher - student)).sum()
         if gradient is not None:
-            gradient[:, rows] = student.exp_().sub_(probs)
+            gradient[:, rows] = student.exp_().sub_(probs).mul_(weight)
     return total / logits.shape[:2].numel(), gradient
 
 

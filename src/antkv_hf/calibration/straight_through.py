@@ -7,6 +7,7 @@ centroids that were chosen, and straight through to x (arXiv 1308.3432), so that
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,11 +23,12 @@ from ..cache.cache import AnTKVCache
 from ..cache.layer import AnTKVLayer
 from ..codebook import AnTKVCodebook
 from ..codecs import LayerCodec, VectorQuantizer, VQTables
-from ..evaluation.protocols import read_back, windowed_attention
+from ..evaluation.protocols import windowed_attention
+from .exact_choice import exact_mask
 from .intercept import calibration_attention_forward
 
 NAME = "antkv_finetuning"
-ROWS = 512  # queries answered at a time: keys that come after them are left out
+ROWS = 1024  # queries answered at a time: keys that come after them are left out
 
 
 class TrainedQuantizer:
@@ -128,13 +130,10 @@ class Student:
             assert isinstance(codec.key, VectorQuantizer) and isinstance(codec.value, VectorQuantizer)
             self._layers[layer] = (codec, TrainedQuantizer(codec.key), TrainedQuantizer(codec.value))
         codec, key, value = self._layers[layer]
-        live = LayerCodec(key.live(), value.live(), codec.rotary)
         with torch.autocast(query.device.type, enabled=False):
-            read = read_back(
-                live, self.config, self.window, query.detach(), keys.detach(), values.detach(), scale, softcap,
-                sink_logit,
-            )  # fmt: skip
-        read_keys, read_values = (straight_through(x, q) for x, q in zip((keys, values), read))
+            read_keys, read_values = self._read(
+                codec, key.live(), value.live(), query, keys, values, scale, softcap, sink_logit
+            )
         if softcap is None and sink_logit is None:
             # Its expanded keys are made again in the backward pass, not held by every layer at once.
             return checkpoint(
@@ -145,10 +144,41 @@ class Student:
             query, keys, values, read_keys, read_values, self.window, scale, softcap, sink_logit
         ).to(query.dtype)
 
+    def _read(
+        self, codec: LayerCodec, key: VectorQuantizer, value: VectorQuantizer, query, keys, values, scale: float,
+        softcap, sink_logit,
+    ):  # fmt: skip
+        """Keys and values as a cache gives them back; in place of those that stay exact, themselves."""
+        positions = torch.arange(keys.shape[2], device=keys.device).unsqueeze(0)
+        with torch.no_grad():
+            plain = codec.plain_keys(keys, positions).float()
+            key_codes, value_codes = key.encode(plain), value.encode(values.float())
+        read_keys, read_values = key.decode(key_codes), value.decode(value_codes)
+        with torch.no_grad():
+            scaling = 1.0 if codec.rotary is None else codec.rotary.scaling
+            errors = ((read_keys - plain) * scaling).square().sum(-1), (read_values - values).square().sum(-1)
+            exact = exact_mask(
+                self.config, self.window, query, keys, values, errors, scale, softcap, sink_logit
+            ).unsqueeze(-1)  # fmt: skip
+        read_keys = codec.rotated_keys(read_keys, positions)
+        return (
+            torch.where(exact, keys, straight_through(keys, read_keys)),
+            torch.where(exact, values, straight_through(values, read_values)),
+        )
+
 
 def straight_through(x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
     """`quantized` in the dtype of `x`, with the gradient of the identity by `x` besides its own."""
     return quantized.to(x.dtype) + (x - x.detach())
+
+
+@functools.lru_cache(maxsize=64)
+def _visible(start: int, stop: int, window: int, device: torch.device) -> torch.Tensor:
+    """Mask of queries ``start..stop-1`` over the old keys ``0..stop-window-1``, then recent ones up to ``stop-1``."""
+    row = torch.arange(start, stop, device=device).unsqueeze(1)
+    old = torch.arange(max(stop - window, 0), device=device)
+    recent = torch.arange(max(start - window + 1, 0), stop, device=device)
+    return torch.cat([old <= row - window, (recent <= row) & (recent > row - window)], 1)
 
 
 def fused_windowed_attention(query, keys, values, read_keys, read_values, window: int, scale: float) -> torch.Tensor:
@@ -165,13 +195,9 @@ def fused_windowed_attention(query, keys, values, read_keys, read_values, window
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
         old, recent = slice(0, max(stop - window, 0)), slice(max(start - window + 1, 0), stop)
-        row = torch.arange(start, stop, device=query.device).unsqueeze(1)
-        past = torch.arange(old.stop, device=query.device) <= row - window
-        column = torch.arange(recent.start, stop, device=query.device)
-        mask = torch.cat([past, (column <= row) & (column > row - window)], 1)
         k = torch.cat([read_keys[:, :, old], keys[:, :, recent]], 2)
         v = torch.cat([read_values[:, :, old], values[:, :, recent]], 2)
-        parts.append(attend(slice(start, stop), k, v, mask))
+        parts.append(attend(slice(start, stop), k, v, _visible(start, stop, window, query.device)))
     return torch.cat(parts, 2)
 
 
