@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import random_codebook, random_tables
 from test_calibration import noise, one_thread, small_llama, small_text, tables_equal
+from test_families import CONFIG, build
 from test_texts import word_tokenizer
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -89,6 +90,27 @@ def test_student_attends_as_the_evaluator_does(changes, protocol):
             found = model(ids, use_cache=False).logits
     # Anchors of an evaluation went through float16; a code may tip over between two centroids that are as near.
     assert (found - expected).abs().median() < 0.02 * expected.std()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "phi", "gemma3_text", "llama-yarn", "llama-bfloat16"])
+def test_other_families_and_dtypes(name):
+    """Logit caps, sink logits, partial and scaled RoPE, sliding layers: as the evaluator, with finite gradients."""
+    family = build(name.removesuffix("-bfloat16"))
+    model, config = family.model, CONFIG.replace(anchors=AnchorConfig(fraction=0.13, dtype="float16"))
+    codebook = AnTKVCodebook(config, family.codebook.tables, family.codebook.model)
+    if name.endswith("bfloat16"):
+        model.bfloat16()
+    ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), ProtocolEvaluator(model, Protocol.parse("S8"), config, codebook).active():
+        expected = model(ids, use_cache=False).logits
+    student = Student(model, codebook)
+    with frozen_for_statistics(model, NAME), student.active(8):
+        found = model(ids, use_cache=False).logits
+        found.float().logsumexp(-1).sum().backward()
+    assert (found - expected).abs().median() < 0.02 * expected.std()
+    gradients = [parameter.grad for parameter in student.parameters().values()]
+    assert len(gradients) == 2 * family.quantized
+    assert all(torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients)
 
 
 def test_skipped_layers_stay_exact():
