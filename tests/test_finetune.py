@@ -23,7 +23,6 @@ from antkv_hf.calibration.straight_through import (
     NAME,
     Student,
     TrainedQuantizer,
-    fused_windowed_attention,
     straight_through,
 )
 from antkv_hf.cli import app
@@ -60,15 +59,17 @@ def test_exact_tokens_are_those_of_the_evaluator(score, window, n):
         assert torch.equal(found, expected[..., :n])
 
 
+@pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("window", [0, 5, 16, 100])
-def test_fused_attention_equals_the_reference(window, monkeypatch):
+def test_attention_and_its_gradients_equal_the_evaluator(window, capped, monkeypatch):
     monkeypatch.setattr(straight_through_module, "ROWS", 16)
     q, k, v = noise(2, 4, 40, 8), noise(2, 2, 40, 8, seed=1), noise(2, 2, 40, 8, seed=2)
     read = noise(2, 2, 40, 8, seed=3), noise(2, 2, 40, 8, seed=4)
+    more = (5.0, noise(4, seed=5)) if capped else ()
     tensors = [x.requires_grad_() for x in (q, k, v, *read)]
     gradients = []
-    for attend in (fused_windowed_attention, windowed_attention):
-        out = attend(*tensors, window, 0.3)
+    for attend in (straight_through_module.windowed_attention, windowed_attention):
+        out = attend(*tensors, window, 0.3, *more)
         found = torch.autograd.grad(out.square().sum(), tensors, allow_unused=True)
         gradients.append((out, *(torch.zeros_like(x) if g is None else g for x, g in zip(tensors, found))))
     for found, expected in zip(*gradients):
