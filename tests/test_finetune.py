@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import random_codebook, random_tables
 from test_calibration import noise, one_thread, small_llama, small_text, tables_equal
+from test_families import CONFIG, build
 from test_texts import word_tokenizer
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -22,7 +23,6 @@ from antkv_hf.calibration.straight_through import (
     NAME,
     Student,
     TrainedQuantizer,
-    fused_windowed_attention,
     straight_through,
 )
 from antkv_hf.cli import app
@@ -59,15 +59,17 @@ def test_exact_tokens_are_those_of_the_evaluator(score, window, n):
         assert torch.equal(found, expected[..., :n])
 
 
+@pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("window", [0, 5, 16, 100])
-def test_fused_attention_equals_the_reference(window, monkeypatch):
+def test_attention_and_its_gradients_equal_the_evaluator(window, capped, monkeypatch):
     monkeypatch.setattr(straight_through_module, "ROWS", 16)
     q, k, v = noise(2, 4, 40, 8), noise(2, 2, 40, 8, seed=1), noise(2, 2, 40, 8, seed=2)
     read = noise(2, 2, 40, 8, seed=3), noise(2, 2, 40, 8, seed=4)
+    more = (5.0, noise(4, seed=5)) if capped else ()
     tensors = [x.requires_grad_() for x in (q, k, v, *read)]
     gradients = []
-    for attend in (fused_windowed_attention, windowed_attention):
-        out = attend(*tensors, window, 0.3)
+    for attend in (straight_through_module.windowed_attention, windowed_attention):
+        out = attend(*tensors, window, 0.3, *more)
         found = torch.autograd.grad(out.square().sum(), tensors, allow_unused=True)
         gradients.append((out, *(torch.zeros_like(x) if g is None else g for x, g in zip(tensors, found))))
     for found, expected in zip(*gradients):
@@ -89,6 +91,27 @@ def test_student_attends_as_the_evaluator_does(changes, protocol):
             found = model(ids, use_cache=False).logits
     # Anchors of an evaluation went through float16; a code may tip over between two centroids that are as near.
     assert (found - expected).abs().median() < 0.02 * expected.std()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "phi", "gemma3_text", "llama-yarn", "llama-bfloat16"])
+def test_other_families_and_dtypes(name):
+    """Logit caps, sink logits, partial and scaled RoPE, sliding layers: as the evaluator, with finite gradients."""
+    family = build(name.removesuffix("-bfloat16"))
+    model, config = family.model, CONFIG.replace(anchors=AnchorConfig(fraction=0.13, dtype="float16"))
+    codebook = AnTKVCodebook(config, family.codebook.tables, family.codebook.model)
+    if name.endswith("bfloat16"):
+        model.bfloat16()
+    ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), ProtocolEvaluator(model, Protocol.parse("S8"), config, codebook).active():
+        expected = model(ids, use_cache=False).logits
+    student = Student(model, codebook)
+    with frozen_for_statistics(model, NAME), student.active(8):
+        found = model(ids, use_cache=False).logits
+        found.float().logsumexp(-1).sum().backward()
+    assert (found - expected).abs().median() < 0.02 * expected.std()
+    gradients = [parameter.grad for parameter in student.parameters().values()]
+    assert len(gradients) == 2 * family.quantized
+    assert all(torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients)
 
 
 def test_skipped_layers_stay_exact():

@@ -111,7 +111,7 @@ def finetune(
 
     Peak memory beside the weights: the activations of `micro_batch` windows (their whole graph; about 90 bytes for each
     token, layer and hidden channel in float32, measured on SmolLM2) + 3 * micro_batch * window * vocabulary elements of
-    logits + 16 bytes for each element of the centroids. SmolLM2 in float32, 8 windows of 1,024 tokens: 17.7 GB.
+    logits + 16 bytes for each element of the centroids. SmolLM2 in float32: about 2 MB a token.
 
     Args:
         model: the codebook's model, on the device and in the dtype to compute in; float32 matrix products of a GPU run

@@ -78,7 +78,7 @@ def calibration_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    out = _dense_attention(query, key, value, visibility, scale, softcap, s_aux)
+    out = dense_attention(query, key, value, visibility, scale, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -105,7 +105,7 @@ def anchor_score(query, key, value, visibility: Visibility, scale: float, softca
     )  # fmt: skip
 
 
-def _dense_attention(query, key, value, visibility: Visibility, scale: float, softcap, sink_logit):
+def dense_attention(query, key, value, visibility: Visibility, scale: float, softcap, sink_logit):
     """Attention with a logit cap or sink logits, which sdpa has not; holds the whole map of one layer."""
     q = grouped(query, key.shape[1])
     logits = visibility.apply(logits_of(q, key, scale, softcap), slice(0, key.shape[2]))

@@ -23,9 +23,9 @@ from ..cache.cache import AnTKVCache
 from ..cache.layer import AnTKVLayer
 from ..codebook import AnTKVCodebook
 from ..codecs import LayerCodec, VectorQuantizer, VQTables
-from ..evaluation.protocols import windowed_attention
+from ..reference.attention import Visibility
 from .exact_choice import exact_mask
-from .intercept import calibration_attention_forward
+from .intercept import calibration_attention_forward, dense_attention
 
 NAME = "antkv_finetuning"
 ROWS = 1024  # queries answered at a time: keys that come after them are left out
@@ -134,15 +134,11 @@ class Student:
             read_keys, read_values = self._read(
                 codec, key.live(), value.live(), query, keys, values, scale, softcap, sink_logit
             )
-        if softcap is None and sink_logit is None:
-            # Its expanded keys are made again in the backward pass, not held by every layer at once.
-            return checkpoint(
-                fused_windowed_attention, query, keys, values, read_keys, read_values, self.window, scale,
-                use_reentrant=False, preserve_rng_state=False,
-            )  # fmt: skip
-        return windowed_attention(
-            query, keys, values, read_keys, read_values, self.window, scale, softcap, sink_logit
-        ).to(query.dtype)
+        # Its expanded keys are made again in the backward pass, not held by every layer at once.
+        return checkpoint(
+            windowed_attention, query, keys, values, read_keys, read_values, self.window, scale, softcap, sink_logit,
+            use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
 
     def _read(
         self, codec: LayerCodec, key: VectorQuantizer, value: VectorQuantizer, query, keys, values, scale: float,
@@ -172,7 +168,7 @@ def straight_through(x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
     return quantized.to(x.dtype) + (x - x.detach())
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)  # of all layers the same few
 def _visible(start: int, stop: int, window: int, device: torch.device) -> torch.Tensor:
     """Mask of queries ``start..stop-1`` over the old keys ``0..stop-window-1``, then recent ones up to ``stop-1``."""
     row = torch.arange(start, stop, device=device).unsqueeze(1)
@@ -181,13 +177,23 @@ def _visible(start: int, stop: int, window: int, device: torch.device) -> torch.
     return torch.cat([old <= row - window, (recent <= row) & (recent > row - window)], 1)
 
 
-def fused_windowed_attention(query, keys, values, read_keys, read_values, window: int, scale: float) -> torch.Tensor:
-    """`evaluation.protocols.windowed_attention` by PyTorch's fused kernels, in the dtype of the query."""
+def windowed_attention(
+    query, keys, values, read_keys, read_values, window: int, scale: float, softcap=None, sink_logit=None
+) -> torch.Tensor:
+    """Causal attention with exact keys for ``i - j < window`` and read-back ones for older tokens, with gradients.
+
+    Returns:
+        ``(batch, q_heads, n, value_dim)`` in the dtype of the query; by PyTorch's fused kernels where they can answer.
+    """
     n, group = query.shape[2], query.shape[1] // keys.shape[1]
 
     def attend(rows: slice, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        q = query[:, :, rows]
+        if softcap is not None or sink_logit is not None:
+            visible = Visibility(None if mask is None else mask[None, None], mask is None, q.shape[2], k.shape[2])
+            return dense_attention(q, k, v, visible, scale, softcap, sink_logit)
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        return scaled_dot_product_attention(query[:, :, rows], k, v, mask, is_causal=mask is None, scale=scale)
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
 
     if not window:
         return attend(slice(None), read_keys, read_values, None)
