@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -47,6 +48,13 @@ def test_bytes_are_those_of_a_filled_cache(llama, name):
     dtype = torch.float16 if name == "ott" else torch.float32
     for length, found in filled(llama.config, config, book, (20, 27, 1, 80, 15, 100), dtype=dtype):
         assert cache_bytes(llama.config, config, length, 2, dtype) == found, length
+
+
+def test_dtype_is_the_one_that_the_config_states(llama):
+    config = copy.deepcopy(llama.config)
+    for stated, dtype in ((torch.float16, torch.float16), ("float32", torch.float32), (None, torch.bfloat16)):
+        config.dtype = stated
+        assert cache_bytes(config, MIXED, 200) == cache_bytes(config, MIXED, 200, dtype=dtype)
 
 
 def test_hybrids_count_their_other_layers():

@@ -66,7 +66,7 @@ def _cache_bytes(
     text = model_config.get_text_config(decoder=True)
     facts = describe_model(text)
     heads, key_dim, value_dim = (facts[name] for name in ("kv_heads", "head_dim", "value_dim"))
-    item = (dtype or getattr(text, "dtype", None) or torch.bfloat16).itemsize
+    item = _model_dtype(text, dtype).itemsize
     coded = max(tokens - config.window, 0) // config.chunk * config.chunk
     sizes = dict(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0)
     rows, width = batch * heads, batch * heads * (key_dim + value_dim)  # kv heads of the batch; elements of a token
@@ -217,6 +217,11 @@ def fit(
         f"takes {total:,}, which is {total - size:,} more; {batch} x {room:,} tokens fit. Give more bytes, or "
         "calibrate a codebook of fewer bits"
     )
+
+
+def _model_dtype(text_config: PreTrainedConfig, given: torch.dtype | None) -> torch.dtype:
+    stated = given or getattr(text_config, "dtype", None) or torch.bfloat16
+    return stated if isinstance(stated, torch.dtype) else getattr(torch, stated)  # a saved config holds its name
 
 
 def _code_bytes(key, value, coded: int, batch: int, heads: int, key_dim: int, value_dim: int, item: int) -> int:

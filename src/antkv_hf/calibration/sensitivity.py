@@ -184,12 +184,12 @@ def search(
         "unit": "KL, nats a token",
         "layers": list(files),
         **{
-            role: {str(spec): [float(f"{costs[layer, role][spec]:.4g}") for layer in files] for spec in mixed.specs}
+            role: {str(spec): [_rounded(costs[layer, role][spec]) for layer in files] for spec in mixed.specs}
             for role in ROLES
         },
         "predicted": {
-            "mixed": round(sum(costs[place][spec] for place, spec in chosen.items()), 5),
-            str(mixed.uniform()): round(sum(cost[mixed.uniform()] for cost in costs.values()), 5),
+            "mixed": _rounded(sum(costs[place][spec] for place, spec in chosen.items())),
+            str(mixed.uniform()): _rounded(sum(cost[mixed.uniform()] for cost in costs.values())),
         },
     }
     return config.replace(layer_specs=layer_specs(chosen)), record
@@ -203,9 +203,13 @@ def measured(
     tables = {i: (folder.read_tables(i, "key", spec)[0], folder.read_tables(i, "value", spec)[0]) for i in book.tables}
     same = AnTKVCodebook(book.config.replace(key=spec, value=spec, layer_specs={}), tables, book.model)
     return {
-        name: round(cache_cost(model, rows, mixed.protocol, held), 5)
+        name: _rounded(cache_cost(model, rows, mixed.protocol, held))
         for name, held in (("mixed", book), (str(spec), same))
     }
+
+
+def _rounded(loss: float) -> float:
+    return float(f"{loss:.4g}")
 
 
 def _spread(count: int, wanted: int) -> list[int]:
