@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 from helpers import random_codebook
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from antkv_hf import AnTKVCache, AnTKVConfig, VQSpec
+from antkv_hf.attention.reference_backend import ReferenceBackend
 from antkv_hf.cache.handle import KVHandle
 from antkv_hf.config import AnchorConfig
 from antkv_hf.reference import attention as reference
@@ -277,3 +279,34 @@ def test_from_pretrained_and_changes(llama, codebook, tmp_path):
     assert plain.antkv_config == codebook.config
     out = llama.generate(prompt(60), past_key_values=plain, max_new_tokens=5)
     assert out.shape == (1, 65)
+
+
+def test_encoding_a_prompt_takes_few_operations(llama, codebook):
+    """On a GPU a prompt waits for the host to start every one of them, whatever its length; kernels encode."""
+    counted: list[str] = []
+    encode = ReferenceBackend.encode
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if not operation.is_view:
+                counted.append(operation.overloadpacket.__name__)
+            return operation(*args, **(kwargs or {}))
+
+    class Uncounted(ReferenceBackend):
+        def encode(self, *args, **kwargs):
+            before = len(counted)
+            coded = encode(self, *args, **kwargs)
+            del counted[before:]
+            return coded
+
+    cache = AnTKVCache(llama.config, config(), codebook)
+    with torch.no_grad():
+        llama(prompt(8), past_key_values=cache)
+    storage = cache.layers[0].storage
+    storage.backend = Uncounted()
+    keys = torch.randn(1, *storage.tail_keys.shape[1:2], 200, storage.tail_keys.shape[3])
+    storage.append(keys, keys)
+    with Count():
+        storage.commit()
+    assert storage.coded_length == 192 and storage.anchors is not None
+    assert len(counted) <= 90, sorted(counted)

@@ -98,13 +98,17 @@ def sink_dtype(dtype: torch.dtype, codec: LayerCodec) -> torch.dtype:
 
 
 def _to_int8(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    scales, rounded = [], []
-    for x in (keys, values):
-        # 6e-8 is float16's smallest positive number: an all-zero vector keeps a scale that can be divided by.
-        scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(6e-8, torch.finfo(torch.float16).max).to(torch.float16)
-        scales.append(scale)
-        rounded.append((x / scale.float()).round().clamp_(-127, 127).to(torch.int8))
-    return (*rounded, *scales)
+    if keys.shape == values.shape:  # in one go: decoding encodes a few tokens at a time, and waits for launches
+        (key, value), (key_scale, value_scale) = (x.unbind(0) for x in _vectors_to_int8(torch.stack([keys, values])))
+    else:
+        (key, key_scale), (value, value_scale) = _vectors_to_int8(keys), _vectors_to_int8(values)
+    return key, value, key_scale, value_scale
+
+
+def _vectors_to_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # 6e-8 is float16's smallest positive number: an all-zero vector keeps a scale that can be divided by.
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(6e-8, torch.finfo(torch.float16).max).to(torch.float16)
+    return (x / scale.float()).round().clamp_(-127, 127).to(torch.int8), scale
 
 
 def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

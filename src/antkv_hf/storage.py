@@ -23,7 +23,7 @@ from .exact_tokens import ExactTokens, sink_dtype, take
 if TYPE_CHECKING:
     from .static_storage import StaticBuffers
 
-ENCODE_BLOCK = 4096  # tokens encoded at a time: bounds the workspace of a long prefill
+ENCODE_BLOCK = 8192  # tokens encoded at a time: bounds the workspace of a long prefill, and fills a GPU
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,12 @@ class LayerStorage:
         """Codes of the tail's tokens ``start..stop-1``; `first`: index of the first tail token, if given."""
         first = self.coded_length if first is None else first
         keys, values = self.tail_keys[:, :, start:stop], self.tail_values[:, :, start:stop]
-        indices = first + torch.arange(start, stop, device=keys.device)
-        # An index that only the device knows goes into the offset: what counts is their difference.
-        origin, offset = (first + start, self.offset) if isinstance(first, int) else (0, self.offset - indices[0])
+        if isinstance(first, int):
+            indices = torch.arange(first + start, first + stop, device=keys.device)
+            origin, offset = first + start, self.offset
+        else:  # an index that only the device knows goes into the offset: what counts is their difference
+            indices = first + torch.arange(start, stop, device=keys.device)
+            origin, offset = 0, self.offset - indices[0]
         positions = indices - self.offset.unsqueeze(1)
         # Padding is never attended to and sinks are exact already: neither may take an anchor's place, or widen the
         # range of a group of keys.
@@ -221,9 +224,11 @@ class LayerStorage:
         coded = self._code(keys, values, origin, offset, taken)
         self._keep_sinks(start, indices, keys, values)
         if self.score is not None:
-            chosen = self._choose_anchors(start, indices, keys, values, taken, coded)
+            places = self._choose_anchors(start, indices, positions, keys, values, taken, coded)
             if self.scales is not None:  # anchors, now known, do not widen ranges either
-                coded = self._code(keys, values, origin, offset, taken | chosen)
+                chosen = torch.zeros(*keys.shape[:2], stop - start + 1, dtype=torch.bool, device=keys.device)
+                chosen.scatter_(2, places, True)
+                coded = self._code(keys, values, origin, offset, taken | chosen[:, :, :-1])
         if self.scales is not None and coded.scales is not None:
             self.scales = self.scales.append(coded.scales, self.coded_length + start)
         return coded.key_codes, coded.value_codes
@@ -245,8 +250,11 @@ class LayerStorage:
         plain = self.codec.plain_keys(keys, positions).float()
         self.scales = self.scales.learn(plain, values, counted, known=first > self.offset + sinks)
 
-    def _choose_anchors(self, start: int, indices, keys, values, taken: torch.Tensor, coded: Encoded) -> torch.Tensor:
-        """Stores the best tokens of each chunk that find a place; returns which, bool ``(batch, kv_heads, n)``."""
+    def _choose_anchors(
+        self, start: int, indices, positions, keys, values, taken: torch.Tensor, coded: Encoded
+    ) -> torch.Tensor:
+        """Stores the best of the n tokens that find a place; returns where they are, n for an empty slot:
+        ``(batch, kv_heads, slots)``."""
         anchors, score, n = self.config.anchors, self.score, keys.shape[2]
         assert score is not None
         scale = 1.0 if self.codec.rotary is None else self.codec.rotary.scaling
@@ -258,10 +266,10 @@ class LayerStorage:
             statistic=statistic,
             keys=keys,
             values=values,
-            key_error=coded.key_error * scale**2,
+            key_error=coded.key_error if scale == 1.0 else coded.key_error * scale**2,
             value_error=coded.value_error,
             logit_variance=moment / count.clamp_min(1),
-            positions=indices - self.offset.unsqueeze(1),
+            positions=positions,
         )
         scores = score.score(context).masked_fill(taken, float("-inf"))
         best = select_anchors(scores, anchors.fraction, self.config.chunk)
@@ -277,8 +285,7 @@ class LayerStorage:
             self.offset, self.codec.key_center(self.scales),
         )  # fmt: skip
         self._keep_anchors(new, best_scores)
-        chosen = torch.zeros(*scores.shape[:2], n + 1, dtype=torch.bool, device=keys.device)
-        return chosen.scatter_(2, best.masked_fill(empty, n), True)[:, :, :-1]
+        return best if self.scales is None else best.masked_fill(empty, n)
 
     def _keep_anchors(self, new: ExactTokens, scores: torch.Tensor) -> None:
         """Adds anchors with their scores ``(batch, kv_heads, m)``; beyond the budget the worst of all are let go."""
@@ -343,10 +350,10 @@ class LayerStorage:
         batch, heads, coded = self.key_codes.shape[:3]
         size = -(-coded // 8) * 8
         mask = torch.zeros(batch, heads, size + 8, dtype=torch.uint8, device=self.key_codes.device)
-        for tokens in (self.sinks, self.anchors):
-            if tokens is not None:  # empty slots (-1) mark the extra byte
-                index = tokens.positions.long()
-                mask.scatter_(2, index.masked_fill(index < 0, size), 1)
+        exact = [tokens.positions for tokens in (self.sinks, self.anchors) if tokens is not None]
+        if exact:
+            index = torch.cat(exact, 2).long()
+            mask.scatter_(2, index.masked_fill(index < 0, size), 1)  # empty slots (-1) mark the extra byte
         weights = 1 << torch.arange(8, dtype=torch.uint8, device=mask.device)
         self.exact_bits = (mask[..., :size].unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 

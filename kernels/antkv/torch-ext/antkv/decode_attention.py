@@ -63,6 +63,8 @@ def attend_codes(
     # Codes come from far away: those of the next tile are asked for before this tile is worked on.
     key_codes = first_codes(p_key_row + row * K_WIDTH, m_n, K_GROUPS, BD // K_SUB, K_STAGES, K_BITS, K_WIDTH)
     value_codes = first_codes(p_value_row + row * V_WIDTH, m_n, V_GROUPS, BDV // V_SUB, V_STAGES, V_BITS, V_WIDTH)
+    if HAS_EXACT:
+        bits = tl.load(p_bits + row // 8, mask=m_n, other=0)
     for start_n in range(first, last, BN):
         n = start_n + r
         m_n = n < last
@@ -74,15 +76,12 @@ def attend_codes(
         next_values = first_codes(
             p_value_row + (row + BN) * V_WIDTH, m_next, V_GROUPS, BDV // V_SUB, V_STAGES, V_BITS, V_WIDTH
         )
+        if HAS_EXACT:
+            next_bits = tl.load(p_bits + (row + BN) // 8, mask=m_next, other=0)
         key = gather_latent(
             p_key_row + row * K_WIDTH, m_n, key_codes, p_key_table, K_GROUPS, BD // K_SUB, K_STAGES, K_BITS, K_SUB,
             K_WIDTH,
         )  # fmt: skip
-        value = gather_latent(
-            p_value_row + row * V_WIDTH, m_n, value_codes, p_value_table, V_GROUPS, BDV // V_SUB, V_STAGES, V_BITS,
-            V_SUB, V_WIDTH,
-        )  # fmt: skip
-        key_codes, value_codes = next_keys, next_values
         kx, ky = tl.split(tl.reshape(key, [BN, BD // 2, 2]))
         # In the tables' dtype: what float16 rounds here, it would round on the way into the dot.
         kx = kx.to(DTYPE) + mean_x[None, :].to(DTYPE)
@@ -94,16 +93,23 @@ def attend_codes(
             kx, ky = turned(kx, ky, cos_r, sin_r)
             qx_s, qy_s = turned(qx, qy, cos_s, -sin_s)
             cos_s, sin_s = turned(cos_s, sin_s, cos_step, sin_step)
-        logits = tl.zeros([BN, qx.shape[1]], tl.float32)
-        logits = dot(kx, qx_s.to(DTYPE), logits, DTYPE)
-        logits = dot(ky, qy_s.to(DTYPE), logits, DTYPE)
+        # Both channels of the pairs in one product: its operands pass through shared memory once instead of twice.
+        key = tl.reshape(tl.join(kx, ky), [BN, BD])
+        query = tl.reshape(tl.join(tl.trans(qx_s.to(DTYPE)), tl.trans(qy_s.to(DTYPE))), [qx.shape[1], BD])
+        logits = dot(key, tl.trans(query), tl.zeros([BN, qx.shape[1]], tl.float32), DTYPE)
         if HAS_EXACT:
-            bits = tl.load(p_bits + row // 8, mask=m_n, other=0)
             m_n = m_n & (((bits >> (n % 8).to(tl.uint8)) & 1) == 0)
+            bits = next_bits
         logits = masked_logits(
             logits, m_n[:, None], n, p_mask, stride_mask_h, stride_mask_q, stride_mask_n, head_of_row, query_of_row,
             m_row, softcap, SOFTCAP, MASK,
         )  # fmt: skip
+        # Only here, so that its registers are not held while keys are worked on; the softmax hides the wait.
+        value = gather_latent(
+            p_value_row + row * V_WIDTH, n < last, value_codes, p_value_table, V_GROUPS, BDV // V_SUB, V_STAGES, V_BITS,
+            V_SUB, V_WIDTH,
+        )  # fmt: skip
+        key_codes, value_codes = next_keys, next_values
         probs, decay, maximum = softmax_step(logits, maximum)
         weights = weights * decay[None, :] + probs  # summed over keys after the loop: that sum crosses warps
         acc = dot(tl.trans(tl.reshape(value, [BN, BDV]).to(DTYPE)), probs.to(DTYPE), acc * decay[None, :], DTYPE)
@@ -124,11 +130,14 @@ def attend_exact(
     for start_n in range(first, last, BN):
         n = start_n + tl.arange(0, BN)
         m_n = n < last
+        # Everything is asked for before anything is waited for; what empty slots hold is hidden below.
         if KIND == "tail":
             position = first_index + n
         else:
             position = tl.load(p_positions + n, mask=m_n, other=-1)
-            m_n = m_n & (position >= 0)
+        if KIND == "int8":
+            key_scale = tl.load(p_key_scale + n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+            value_scale = tl.load(p_value_scale + n, mask=m_n, other=0.0).to(tl.float32)[:, None]
         m_key = m_n[:, None] & m_pair[None, :]
         p_key = p_keys + n.to(tl.int64)[:, None] * D
         kx = tl.load(p_key + channel_x[None, :], mask=m_key, other=0.0)
@@ -136,15 +145,17 @@ def attend_exact(
         value = tl.load(
             p_values + n.to(tl.int64)[:, None] * DV + dv[None, :], mask=m_n[:, None] & (dv < DV)[None, :], other=0.0
         )
+        m_n = m_n & (position >= 0)
         if KIND == "int8":
-            scale = tl.load(p_key_scale + n, mask=m_n, other=0.0).to(tl.float32)[:, None]
-            kx = kx.to(tl.float32) * scale + mean_x[None, :]
-            ky = ky.to(tl.float32) * scale + mean_y[None, :]
+            kx = kx.to(tl.float32) * key_scale + mean_x[None, :]
+            ky = ky.to(tl.float32) * key_scale + mean_y[None, :]
             if ROTATES:
                 angle = (position - offset).to(tl.float32)[:, None] * frequency[None, :]
                 sin, cos = sin_cos(angle)
                 kx, ky = turned(kx, ky, cos * pair_scale[None, :], sin * pair_scale[None, :])
-            value = value.to(tl.float32) * tl.load(p_value_scale + n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+            value = value.to(tl.float32) * tl.where(m_n[:, None], value_scale, 0.0)
+        elif KIND == "plain":
+            value = tl.where(m_n[:, None], value, 0.0)
         logits = tl.zeros([BN, qx.shape[1]], tl.float32)
         logits = dot(kx.to(DTYPE), qx.to(DTYPE), logits, DTYPE)
         logits = dot(ky.to(DTYPE), qy.to(DTYPE), logits, DTYPE)

@@ -12,20 +12,18 @@ from .tables import ValueTables
 
 
 @triton.jit
-def _weights(p_max, p_total, first, last, top, ROWS: tl.constexpr, BS: tl.constexpr):
-    """exp2(maximum - top) of the splits ``first..last-1`` [BS] and the sum of their weighted totals."""
-    s = first + tl.arange(0, BS)
-    weight = tl.exp2(tl.load(p_max + s * ROWS, mask=s < last, other=float("-inf")) - top)
-    return weight, tl.sum(weight * tl.load(p_total + s * ROWS, mask=s < last, other=0.0), 0)
-
-
-@triton.jit
-def _weighted_sum(p_partial, weight, first, last, channel, ROWS: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr):
-    """sum_s weight_s partial_s of the splits ``first..last-1`` at some channels [BC]."""
-    s = first + tl.arange(0, BS)
-    p = p_partial + (s * ROWS)[:, None] * DV + channel[None, :]
-    part = tl.load(p, mask=(s < last)[:, None] & (channel < DV)[None, :], other=0.0)
-    return tl.sum(part * weight[:, None], 0)
+def _load_part(
+    p_partial, p_max, p_total, first, splits, channel,
+    ROWS: tl.constexpr, DV: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Maxima, totals [BS] and partial outputs [BS, BC] at some channels of `splits` parts from `first` on."""
+    s = tl.arange(0, BS)
+    m_split = s < splits
+    o_row = (first + s) * ROWS
+    maximum = tl.load(p_max + o_row, mask=m_split, other=float("-inf"))
+    total = tl.load(p_total + o_row, mask=m_split, other=0.0)
+    p = p_partial + o_row[:, None] * DV + channel[None, :]
+    return maximum, total, tl.load(p, mask=m_split[:, None] & (channel < DV)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -48,30 +46,33 @@ def merge_splits_kernel(
     p_max += first_row
     p_total += first_row
 
-    s = tl.arange(0, BS)
-    top = tl.max(tl.load(p_max + (plain + s) * ROWS, mask=s < splits, other=float("-inf")), 0)
-    if BASIS:
-        top = tl.maximum(top, tl.max(tl.load(p_max + s * ROWS, mask=s < splits, other=float("-inf")), 0))
+    # Everything is asked for before anything is waited for.
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    maximum, total, part = _load_part(p_partial, p_max, p_total, plain, splits, c, ROWS, DV, BS)
+    top = tl.max(maximum, 0)
+    if BASIS:  # every program of a row sums all latent channels and projects them to BC plain ones
+        dv = tl.arange(0, BDV)
+        code_maximum, code_total, code_part = _load_part(p_partial, p_max, p_total, 0, splits, dv, ROWS, DV, BS)
+        p_basis = p_synthesis + h * DV * DV + dv[:, None] * DV + c[None, :]
+        basis = tl.load(p_basis, mask=(dv < DV)[:, None] & (c < DV)[None, :], other=0.0)
+        mean = tl.load(p_mean + h * DV + c, mask=c < DV, other=0.0)
+        top = tl.maximum(top, tl.max(code_maximum, 0))
     if SINK_LOGIT:
         sink = tl.load(p_sink_logit + h * (ROWS // Q_LEN) + row // Q_LEN).to(tl.float32) * LOG2E
         top = tl.maximum(top, sink)
     safe = tl.where(top == float("-inf"), 0.0, top)  # a row that sees nothing
-    weight, total = _weights(p_max, p_total, plain, plain + splits, safe, ROWS, BS)
+
+    weight = tl.exp2(maximum - safe)
+    total = tl.sum(weight * total, 0)
+    out = tl.sum(part * weight[:, None], 0)
     if BASIS:
-        code_weight, code_total = _weights(p_max, p_total, 0, splits, safe, ROWS, BS)
+        weight = tl.exp2(code_maximum - safe)
+        code_total = tl.sum(weight * code_total, 0)
         total += code_total
+        latent = tl.sum(code_part * weight[:, None], 0)
+        out += tl.sum(latent[:, None] * basis, 0) + code_total * mean
     if SINK_LOGIT:
         total += tl.exp2(sink - safe)
-
-    c = tl.program_id(2) * BC + tl.arange(0, BC)
-    out = _weighted_sum(p_partial, weight, plain, plain + splits, c, ROWS, DV, BS)
-    if BASIS:  # every program of a row sums all latent channels and projects them to BC plain ones
-        dv = tl.arange(0, BDV)
-        latent = _weighted_sum(p_partial, code_weight, 0, splits, dv, ROWS, DV, BS)
-        p_basis = p_synthesis + h * DV * DV + dv[:, None] * DV + c[None, :]
-        basis = tl.load(p_basis, mask=(dv < DV)[:, None] & (c < DV)[None, :], other=0.0)
-        out += tl.sum(latent[:, None] * basis, 0)
-        out += code_total * tl.load(p_mean + h * DV + c, mask=c < DV, other=0.0)
     out = out / tl.where(total == 0.0, 1.0, total)
     tl.store(p_out + (bh * ROWS + row) * DV + c, out.to(p_out.dtype.element_ty), mask=c < DV)
     tl.store(p_lse + bh * ROWS + row, (top + tl.log2(total)) / LOG2E)
