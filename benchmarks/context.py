@@ -4,8 +4,8 @@
     PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/context.py --out FOLDER --device cpu --tiny
 
 Doubles and then halves the step from context to context until none longer fits. The cache holds synthetic codes; a
-timed step scores its tokens and every 128th encodes a chunk. Writes FOLDER/context.csv: tokens a second and peak memory
-of each context.
+timed step scores its tokens and every 128th encodes a chunk. Writes FOLDER/context.csv after each context: tokens a
+second and peak memory.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def main() -> None:
 
     def fits(context: int) -> bool:
         row = row_of(model, lane, context, arguments.steps, arguments.device)
-        rows.extend([] if row is None else [row])
+        if row is not None:
+            rows.append(row)
+            write_csv(arguments.out / "context.csv", rows, arguments.device)
         return row is not None
 
     if contexts:
@@ -82,7 +84,6 @@ def main() -> None:
             step //= 2
             longest += step if fits(longest + step) else 0
     print_table(sorted(rows, key=lambda row: row["context"]))
-    write_csv(arguments.out / "context.csv", rows, arguments.device)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from antkv_hf import AnTKVCodebook, AnTKVConfig
+from antkv_hf.calibration.basis import pair_permutation
 from antkv_hf.codebook import describe_model
 from antkv_hf.codecs import VQTables
 from antkv_hf.config import VQSpec
+from antkv_hf.rotary import Rotary
 
 
 def random_tables(
@@ -28,13 +30,31 @@ def random_tables(
     return VQTables(centroids, mean, permutation=order.to(torch.int16), metric_root=root)
 
 
-def random_codebook(model, config: AnTKVConfig, seed: int = 0) -> AnTKVCodebook:
-    """A codebook of random tables for all layers of `model`."""
+def pair_tables(spec: VQSpec, kv_heads: int, head_dim: int, rotary: Rotary | None, seed: int = 0) -> VQTables:
+    """Random tables of keys whose permutation keeps RoPE pairs together."""
+    tables = random_tables(spec, kv_heads, head_dim, dense=False, seed=seed)
+    pairs = torch.arange(head_dim).view(-1, 2) if rotary is None else rotary.channel_pairs(head_dim)
+    g = torch.Generator().manual_seed(seed + 100)
+    covariance, metric = (
+        torch.diag_embed(0.1 + torch.rand(kv_heads, head_dim, generator=g, dtype=torch.float64)) for _ in range(2)
+    )
+    order = pair_permutation(covariance, metric, pairs, spec.groups(head_dim))
+    return VQTables(tables.centroids, tables.mean, permutation=order.to(torch.int16), metric_root=tables.metric_root)
+
+
+def random_codebook(model, config: AnTKVConfig, seed: int = 0, rotary: Rotary | None = None) -> AnTKVCodebook:
+    """A codebook of random tables for all layers of `model`; with `rotary`, of such that kernels read."""
     described = describe_model(model.config.get_text_config(decoder=True), "test/model")
     heads, dim = described["kv_heads"], described["head_dim"]
+
+    def key_tables(spec: VQSpec, seed: int) -> VQTables:
+        if rotary is not None:
+            return pair_tables(spec, heads, dim, rotary, seed)
+        return random_tables(spec, heads, dim, dense=config.rope == "none", seed=seed)
+
     tables = {
         i: (
-            random_tables(config.specs(i)[0], heads, dim, dense=config.rope == "none", seed=seed + 2 * i),
+            key_tables(config.specs(i)[0], seed + 2 * i),
             random_tables(config.specs(i)[1], heads, described["value_dim"], dense=True, seed=seed + 2 * i + 1),
         )
         for i in range(described["num_hidden_layers"])

@@ -11,6 +11,7 @@ from test_calibration import calibrated, small_llama
 from transformers import AutoModelForCausalLM
 
 from antkv_hf import AnTKVCache, AnTKVConfig, VQSpec
+from antkv_hf.cache.model_rotary import model_rotary
 
 CONFIG = AnTKVConfig(VQSpec(4, 8), VQSpec(4, 8), window=8, chunk=16)
 IDENTITY = AnTKVConfig.preset("identity", window=8, chunk=4)
@@ -63,7 +64,7 @@ def test_layers_offloaded_to_the_disk(llama, folder, tmp_path, lane):
 @pytest.mark.parametrize("lane", ("sdpa", "antkv"))
 def test_layers_on_two_gpus(tmp_path, lane):
     one, two = tiny_llama().to("cuda:0"), spread(tiny_llama(), 0, 1)
-    codebook = random_codebook(one, CONFIG)
+    codebook = random_codebook(one, CONFIG, rotary=model_rotary(one.config)[0])
     for config in (IDENTITY, CONFIG):
         tokens, caches = [], []
         for model in (one, two):

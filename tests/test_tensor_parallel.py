@@ -17,6 +17,7 @@ from two_processes import SIZE, TwoProcesses
 from typer.testing import CliRunner
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate, calibrate
+from antkv_hf.cache.model_rotary import model_rotary
 from antkv_hf.calibration import work_folder
 from antkv_hf.calibration.processes import device_of
 from antkv_hf.calibration.sensitivity import Mixed
@@ -64,18 +65,22 @@ def batch(device="cpu") -> dict[str, torch.Tensor]:
 
 
 # -------------------------------------------------------------------- in both processes
+def own_device() -> str:
+    return "cpu" if distributed.get_backend() == "gloo" else f"cuda:{distributed.get_rank()}"
+
+
 @functools.cache
 def models(folder):
     """The model as a whole, and as this process's share of it, on this process's device."""
-    device = "cpu" if distributed.get_backend() == "gloo" else f"cuda:{distributed.get_rank()}"
-    whole = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval().to(own_device())
     shared = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_plan="auto")).eval()
     return whole, shared
 
 
 @functools.cache
 def codebook(folder) -> AnTKVCodebook:
-    return random_codebook(models(folder)[0], CONFIG)
+    whole = models(folder)[0]
+    return random_codebook(whole, CONFIG, rotary=model_rotary(whole.config)[0])
 
 
 def generated(folder, lane: str, config: AnTKVConfig, options: dict):
@@ -250,6 +255,15 @@ def test_a_shared_calibration_gives_the_tables_of_one_process(two, tmp_path, bat
     if work_dir is not None:
         again = two.run(calibrated_here, work_dir, batch_size, mixed)  # nothing is left to do
         assert again[0][1] == expected.calibration
+
+
+@pytest.mark.gpu
+def test_a_calibration_shared_by_two_gpus(two_gpus, tmp_path):
+    expected = calibrated(small_llama(num_hidden_layers=3).to("cuda:0"), tokens=448, batch_size=2)
+    for found, made in two_gpus.run(calibrated_here, tmp_path, 2):
+        assert found.keys() == expected._tensors().keys() and made == expected.calibration
+        for name, tensor in expected._tensors().items():
+            assert torch.equal(torch.from_numpy(found[name]), tensor), name
 
 
 def test_the_command_writes_once(two, tmp_path):

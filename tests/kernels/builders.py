@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from antkv.past import ExactTokens, QuantizedPast
-from helpers import random_tables
+from helpers import pair_tables, random_tables
 
 from antkv_hf.anchors import get_score
 from antkv_hf.attention.tables import layer_tables
-from antkv_hf.calibration.basis import pair_permutation
 from antkv_hf.codecs import LayerCodec, VectorQuantizer, VQTables
 from antkv_hf.config import AnchorConfig, AnTKVConfig, VQSpec
 from antkv_hf.rotary import Rotary
@@ -25,18 +24,6 @@ def rotary_of(kind: str, head_dim: int) -> Rotary | None:
     pairs = head_dim // 4 if kind == "partial" else head_dim // 2
     frequency = 10000.0 ** (-torch.arange(pairs) / pairs)
     return Rotary(frequency, interleaved=kind == "interleaved", scaling=1.2 if kind == "scaled" else 1.0)
-
-
-def pair_tables(spec: VQSpec, kv_heads: int, head_dim: int, rotary: Rotary | None, seed: int = 0) -> VQTables:
-    """Random tables of keys whose permutation keeps RoPE pairs together."""
-    tables = random_tables(spec, kv_heads, head_dim, dense=False, seed=seed)
-    pairs = torch.arange(head_dim).view(-1, 2) if rotary is None else rotary.channel_pairs(head_dim)
-    g = torch.Generator().manual_seed(seed + 100)
-    covariance, metric = (
-        torch.diag_embed(0.1 + torch.rand(kv_heads, head_dim, generator=g, dtype=torch.float64)) for _ in range(2)
-    )
-    order = pair_permutation(covariance, metric, pairs, spec.groups(head_dim))
-    return VQTables(tables.centroids, tables.mean, permutation=order.to(torch.int16), metric_root=tables.metric_root)
 
 
 def random_codec(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from antkv.decode_attention import decode_attention
 from antkv.static_step import append_token
-from builders import assert_near, pair_tables, quantized_past, random_codec, random_snapshot, rotary_of
+from builders import assert_near, quantized_past, random_codec, random_snapshot, rotary_of
 from conftest import tiny_llama
-from helpers import random_tables
+from helpers import pair_tables, random_tables
 from recorded_graph import RecordedGraph
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
