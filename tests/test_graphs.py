@@ -215,7 +215,11 @@ def test_a_cache_takes_its_memory_and_graphs_with_it(llama, codebook, stand_in):
 
 def test_max_length_is_reached(llama, codebook, stand_in):
     cache = AnTKVCache(llama.config, codebook=codebook, max_length=50)
-    with pytest.raises(ValueError, match="max_length=50 tokens, but 50 cached and 1 new ones are 51"):
+    wanted = "max_length=50 tokens, but 50 cached and 1 new ones are 51"
+    with (
+        pytest.warns(UserWarning, match="can need room for 67, but .* max_length=50"),
+        pytest.raises(ValueError, match=wanted),
+    ):
         run(llama, inputs(0), past_key_values=cache, custom_generate=antkv_generate())
     assert cache.get_seq_length() == 50
     limited = antkv_generate(codebook, max_length=30)

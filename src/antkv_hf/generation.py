@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def antkv_generate(
             mesh = getattr(model, "_device_mesh", None)
             cache = AnTKVCache(model.config, config, codebook, max_length=limit, device_mesh=mesh)
             model_kwargs["past_key_values"] = cache
+        _warn_if_short(cache.max_length, _tokens(input_ids), generation_config.max_length)
         if unusable is None:
             unusable = graphs.obstacle(model, cache, model_kwargs.get("attention_mask"))
         if unusable is None:
@@ -92,6 +94,18 @@ def antkv_generate(
 
 def _tokens(input_ids: torch.Tensor | None) -> int:
     return 0 if input_ids is None else input_ids.shape[1]
+
+
+def _warn_if_short(room: int | None, prompt: int, longest: int) -> None:
+    """Warns before any token is written that a cache of `room` tokens may not last for a text of `longest`."""
+    needed = longest - 1  # the last token is not read again
+    if room is not None and 0 < prompt <= room < needed:
+        warnings.warn(
+            f"{prompt} tokens of prompt and up to {longest - prompt} new ones can need room for {needed}, but the "
+            f"cache was made with max_length={room}: a text that does not end before stops with an error; make it with "
+            f"max_length={needed}, or lower max_new_tokens",
+            stacklevel=3,
+        )
 
 
 def _no_gpu(model) -> str | None:

@@ -209,7 +209,7 @@ def cubin_folder() -> Path:
 
 @functools.cache
 def load_kernel(shape: Shape, device_index: int) -> Kernel:
-    """Compiles a kernel for a GPU (a second or two), or takes it from the disk.
+    """Compiles a kernel for a GPU (about three seconds), or takes it from the disk.
 
     Raises:
         ValueError: if a block needs more shared memory than the GPU gives to one.
