@@ -107,14 +107,47 @@ def test_a_cache_that_fits(tmp_path):
     assert model.config._attn_implementation == "antkv"
 
 
+def test_fit_takes_what_needs_no_codebook_and_codebooks_of_the_model_alone(llama, tmp_path):
+    model = tiny_llama()
+    random_codebook(model, MIXED).save_pretrained(tmp_path)
+    one, other = AnTKVConfig.preset("1bit"), "smollm2-135m-instruct-1bit"
+    for among, message in (
+        ([one], "d8b8/d8b8 needs a codebook: name one .folder, Hub id., or ask AnTKVConfig.fit for its config"),
+        (["ott-2bit", "1bit"], "1bit needs a codebook"),
+        (["ott-2bit", other], f"{other}: this codebook was made for .*num_hidden_layers 30.*, but the model has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AnTKVCache.fit(model, 1000, "1GB", among=among)
+    with pytest.raises(ValueError, match="on_new_prompt='x' must be"):
+        AnTKVCache.fit(model, 1000, "1GB", among=["ott-2bit"], on_new_prompt="x")
+    with pytest.raises(TypeError, match="max_length"):
+        AnTKVCache.fit(model, 1000, "1GB", max_length=4000)
+    assert model.config._attn_implementation == "sdpa", "what is refused leaves the model as it was"
+    found = AnTKVCache.fit(model, 1000, "1GB", among=["identity", tmp_path, "ott-4bit"])
+    assert found.antkv_config.is_identity, "it keeps the most bits"
+    taken = cache_bytes(model.config, MIXED, 1000, dtype=torch.float32).total
+    found = AnTKVCache.fit(model, 1000, taken + 5000, among=[tmp_path, AnTKVConfig.preset("identity")])
+    assert found.antkv_config == MIXED
+    model(torch.randint(3, 99, (1, 100)), past_key_values=found)
+    assert found.get_seq_length() == 100
+    assert choices(llama.config, 1000, among=[MIXED])[0].name == "mixed d8b8+d8b10+d4b8"
+    with pytest.raises(ValueError, match="this codebook was made for"):
+        AnTKVConfig.fit(llama.config, 1000, "1GB", among=[other])
+
+
 def test_bad_numbers_are_refused(llama):
     assert parse_bytes("2GB") == 2 * 10**9 and parse_bytes("1.5 GiB") == 3 * 2**29 and parse_bytes(12) == 12
-    for size in ("2 XB", "GB", "-1", 0, "i"):
+    assert parse_bytes(2e16) == parse_bytes("20_000 TB") == 2 * 10**16 and parse_bytes("9007199254740993") % 10 == 3
+    for size in ("2 XB", "GB", "-1", 0, "i", "_1", "1__0", "\u0661GB", float("inf")):
         with pytest.raises(ValueError, match="cannot read a number of bytes in"):
             parse_bytes(size)
     for call, message in (
         (lambda: cache_bytes(llama.config, MIXED, 0), "tokens=0 must be at least 1"),
         (lambda: cache_bytes(llama.config, MIXED, 5, 0), "batch=0 must be at least 1"),
+        (
+            lambda: cache_bytes(llama.config, MIXED.with_layer_bits("0-99=2"), 5),
+            "layer_specs names layer 3, but the mod",
+        ),
         (lambda: choices(llama.config), "give a number of tokens, or of bytes"),
         (lambda: choices(llama.config, 5, among=[]), "nothing to choose among"),
         (lambda: fit(llama.config, 5, "1GB", among=["0.375bit"]), "head_dim 16 is not a multiple of sub_dim 32"),

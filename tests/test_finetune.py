@@ -181,6 +181,7 @@ def tuned(codebook, model=None, **changes) -> AnTKVCodebook:
 
 
 def test_finetuning_lowers_the_held_out_loss_and_keeps_the_form(codebook, tmp_path):
+    codebook.calibration["sensitivity"] = {"bits": 1.0, "measured": {"mixed": 0.5}}
     model = sharp_llama(attn_implementation="eager").train()
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 2 == 0)
@@ -197,6 +198,7 @@ def test_finetuning_lowers_the_held_out_loss_and_keeps_the_form(codebook, tmp_pa
     assert found.config == codebook.config and found.model == codebook.model and not found.evaluation
     assert facts["steps"] == 12 and facts["windowed"] == 0.5 and facts["sources"] == ["one text"]
     assert found.calibration["license"] == "mit" and "relative_error" not in found.calibration
+    assert found.calibration["sensitivity"] == {"bits": 1.0}, "the loss that was measured is of the untuned tables"
     for layer, pair in codebook.tables.items():
         for old, new in zip(pair, found.tables[layer]):
             assert old.tensors().keys() == new.tensors().keys()
@@ -229,6 +231,8 @@ def test_resumed_run_gives_the_tables_of_an_uninterrupted_one(codebook, tmp_path
     expected = tuned(codebook, steps=5)
     assert tables_equal(resumed, expected) and not tables_equal(expected, codebook)
     assert resumed.calibration["finetune"]["loss"] == expected.calibration["finetune"]["loss"]
+    again = tuned(codebook, micro_batch=1, **options)
+    assert list(tmp_path.glob("finetune-*")) == [path] and tables_equal(again, expected), "memory decides nothing"
     assert not tables_equal(tuned(codebook, steps=5, seed=1), expected), "the seed decides"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is damaged .* remove it"):
@@ -248,6 +252,7 @@ def test_bad_input_is_refused_before_work(codebook, monkeypatch):
         ({"steps": 0}, "steps=0"),
         ({"batch": 0}, "batch=0"),
         ({"micro_batch": 0}, "micro_batch=0"),
+        ({"steps": 2.5}, "steps=2.5 must be a whole number"),
         ({"windowed": 1.5}, "windowed=1.5 must lie between 0 and 1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"window": 16}, "window=16 must be at least 17: the last 16 keys"),
@@ -267,7 +272,7 @@ def test_bad_input_is_refused_before_work(codebook, monkeypatch):
 
 def test_command_line(tmp_path, monkeypatch):
     def short(*arguments, **options):
-        return finetune(*arguments, **options, window=32, batch=2)
+        return finetune(*arguments, **options, batch=2)
 
     monkeypatch.setattr(finetuning, "finetune", short)
     model, tokenizer, text = sharp_llama(), word_tokenizer(), tmp_path / "text.txt"
@@ -277,7 +282,7 @@ def test_command_line(tmp_path, monkeypatch):
     small = AnTKVConfig.preset("1bit", key="d8b4", value="d8b4", window=16)
     random_codebook(model, small).save_pretrained(tmp_path / "book")
     command = ["calibrate", str(tmp_path / "model"), str(text), "--device", "cpu", "-o", str(tmp_path / "out")]
-    tuning = ["--finetune", "1", "--tokens", "16384", "--micro-batch", "2"]
+    tuning = ["--finetune", "1", "--tokens", "1024", "--finetune-window", "32", "--micro-batch", "2"]
     given = ["--from", str(tmp_path / "book")]
     runner = CliRunner()
     assert runner.invoke(app, [*command, *tuning, *given]).exit_code == 0
@@ -287,7 +292,10 @@ def test_command_line(tmp_path, monkeypatch):
     for arguments, message in (
         (given, "add --finetune STEPS"),
         ([*given, *tuning, "--bits", "2"], "leave out --bits"),
+        ([*given, *tuning, "--license", "mit", "--samples", "7"], "leave out --samples, --license"),
+        ([*given, *tuning, "--sensitivity", "S128", "--candidate", "1"], "leave out --candidate, --sensitivity"),
         (["--finetune", "1", "--tokens", "9000"], "tokens=9000 are 8 windows of 1024"),
+        (["--finetune", "1", "--tokens", "9000"], "or lower --finetune-window"),
     ):
         result = runner.invoke(app, [*command, *arguments])
         assert result.exit_code == 1 and message in result.stderr

@@ -9,6 +9,7 @@ import torch
 from helpers import random_codebook
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig
+from antkv_hf.cli_common import _codec
 from antkv_hf.evaluation.inspection import fastest_kernels, format_inspection, inspect_codebook
 from antkv_hf.specs import ScalarSpec, VQSpec, describe_layers, parse_layer_bits
 
@@ -37,7 +38,11 @@ def test_config_round_trip():
     assert again.specs(1) == (VQSpec(8, 8), VQSpec(8, 8))
     assert "layer_specs" not in AnTKVConfig.preset("1bit").to_dict(), "earlier versions read what has none"
     assert MIXED.bits([0, 1, 2]) == (pytest.approx(3.5 / 3), pytest.approx(2.5 / 3))
-    assert MIXED.codec_name == "mixed d16b8+d8b4s2+d4b8" and AnTKVConfig.preset("2bit").codec_name == "d4b8/d4b8"
+    assert MIXED.codec_name == "mixed d16b8+d8b4s2+d8b8+d4b8" and AnTKVConfig.preset("2bit").codec_name == "d4b8/d4b8"
+    assert MIXED.name_codec([0, 1, 2]) == MIXED.codec_name, "layer 1 has the default"
+    assert MIXED.name_codec([0, 2]) == "mixed d16b8+d8b4s2+d4b8" and MIXED.name_codec([0]) == "d16b8/d16b8"
+    one = AnTKVConfig.preset("1bit").with_layer_bits("0=0.5")
+    assert one.codec_name == "mixed d16b8+d8b8"
 
 
 def test_layer_bits_of_the_command_line():
@@ -47,6 +52,8 @@ def test_layer_bits_of_the_command_line():
     assert describe_layers(config.layer_specs) == "0-1: d16b8/d16b8, 4: d4b8/d16b8s2"
     scalar = AnTKVConfig.preset("ott-2bit").with_layer_bits("1=4")
     assert scalar.specs(1) == (ScalarSpec(4, 64), ScalarSpec(4, 64))
+    grouped = _codec("ott-2bit", ["group=128", "layer_bits=1=4"])[1]
+    assert grouped.specs(0) == (ScalarSpec(2, 128),) * 2 and grouped.specs(1) == (ScalarSpec(4, 128),) * 2
 
 
 @pytest.mark.parametrize(
@@ -55,6 +62,7 @@ def test_layer_bits_of_the_command_line():
         (lambda: parse_layer_bits("0-9"), "cannot read '0-9' of the layer bits"),
         (lambda: parse_layer_bits("9-3=1"), "layers 9-3 run backwards: write 3-9=1"),
         (lambda: parse_layer_bits("0-3=1,2=2"), "layer 2 is named twice"),
+        (lambda: parse_layer_bits("0-99999999999=1"), "layer 99999999999 of the layer bits .* end below 10,000"),
         (lambda: parse_layer_bits("0=3"), "3 bits per element do not exist"),
         (lambda: AnTKVConfig(layer_specs={-1: SPECS[0]}), "layer_specs names layer -1; count layers from 0"),
         (lambda: AnTKVConfig(layer_specs={1: VQSpec()}), "layer_specs of layer 1 is .*; give a pair"),
@@ -113,10 +121,11 @@ def test_kernels_of_a_layer_are_named(llama, book):
     one, two = (AnTKVCodebook.from_pretrained(f"smollm2-135m-instruct-{bits}bit") for bits in (1, 2))
     cpu = torch.device("cpu")
     layers = [AnTKVCache(made.model_config(), codebook=made).quantized_layers[3] for made in (one, two)]
-    found = [fastest_kernels(layer.plan.codec(cpu, 3, 64, 64)) for layer in layers]
+    found = [fastest_kernels(layer.plan.codec(cpu, 3, 64, 64), 3) for layer in layers]
+    assert fastest_kernels(layers[0].plan.codec(cpu, 3, 64, 64), 16) == "triton", "more query heads than CUDA's take"
     assert found[0] == "cuda" and found[1] in ("triton", "cuda")
     random = AnTKVCache(llama.config, codebook=book).quantized_layers[1]
-    assert fastest_kernels(random.plan.codec(cpu, 2, 16, 16)) == "none", "it separates the channels of RoPE pairs"
+    assert fastest_kernels(random.plan.codec(cpu, 2, 16, 16), 2) == "none", "it separates the channels of RoPE pairs"
 
 
 # -------------------------------------------------------------------- caches

@@ -120,6 +120,8 @@ def test_bad_spreads_are_refused():
             lambda: Mixed(0.25),
             r"0.25 bits on average cannot be kept, since the smallest candidate has 0.5 bits .d16b8.",
         ),
+        (lambda: Mixed(float("nan")), "nan bits on average are no number"),
+        (lambda: Mixed(float("inf")), "inf bits on average are no number"),
         (lambda: Mixed(1, ()), "smallest candidate has none"),
         (lambda: Mixed(1, windows=0), "windows=0 must be at least 1"),
         (lambda: Mixed(1, protocol="FP"), "protocol W0 or S<n> such as S128, not 'FP'"),
@@ -129,6 +131,44 @@ def test_bad_spreads_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_impossible_spreads_are_refused_before_work(monkeypatch):
+    for module, name in ((run, "window_statistics"), (run, "mix_windows")):
+        monkeypatch.setattr(module, name, None)
+    spec = VQSpec(8, 4)
+    for config, mixed, message in (
+        (AnTKVConfig.preset("identity"), SMALL, "the identity codec has no tables to learn"),
+        (AnTKVConfig.preset("ott-2bit"), SMALL, "codec int2g32 has no tables to learn"),
+        (
+            AnTKVConfig(),
+            Mixed(0.25, ("d16b4", "d8b4")),
+            "0.25 bits on average cannot be kept: the smallest .* take 0.5",
+        ),
+        (AnTKVConfig(spec, spec, layer_specs={9: (spec, spec)}), None, "layer_specs names layer 9, .* has 2 layers"),
+        (AnTKVConfig(spec, spec, skip_layers=(0,), layer_specs={0: (spec, spec)}), None, "layer 0, which is skipped"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(
+                small_llama(), word_tokenizer(), [small_text()], config, tokens=512, window=64, samples=400,
+                progress=False, mixed=mixed,
+            )  # fmt: skip
+
+
+def test_loss_that_is_not_finite_is_named_and_not_kept(tmp_path, monkeypatch):
+    original, calls = sensitivity.mean_divergence, []
+
+    def failing(plain, logits):
+        calls.append(1)
+        return float("nan") if len(calls) == 2 else original(plain, logits)
+
+    monkeypatch.setattr(sensitivity, "mean_divergence", failing)
+    message = "layer 0, key d4b4: the loss is nan in torch.float32, .*: load the model in bfloat16 or float32"
+    with pytest.raises(ValueError, match=message):
+        calibrated(work_dir=tmp_path)
+    assert not list(tmp_path.rglob("sensitivity-*/*.json"))
+    assert calibrated(work_dir=tmp_path).calibration["sensitivity"]["measured"]["mixed"] > 0
+    assert len(list(tmp_path.rglob("sensitivity-*/*.json"))) == 2
 
 
 def test_command(place, monkeypatch, tmp_path):  # noqa: F811
@@ -152,4 +192,6 @@ def test_command(place, monkeypatch, tmp_path):  # noqa: F811
     assert (tmp_path / "mixed-2bit" / "config.json").is_file()
     assert "leave --key-bits" in error_of(*common, "--mixed", 1, "--key-bits", 2)
     assert "0.25 bits on average cannot be kept" in error_of(*common, "--mixed", 0.25)
+    assert "--candidate is of --mixed" in error_of(*common, "--bits", 1, "--candidate", "1")
+    assert "--sensitivity-windows is of --mixed" in error_of(*common, "--sensitivity-windows", 2)
     assert "layers 3-1 run backwards" in error_of(*common, "--layer-bits", "3-1=2")

@@ -25,6 +25,7 @@ from .cli_common import (
     Settings,
     _Bar,
     _changed,
+    _check_from,
     _codebook_place,
     _codec,
     _load_model,
@@ -171,13 +172,18 @@ def calibrate(
     candidate: Annotated[
         list[str] | None, typer.Option(help="Rate or spec that --mixed may give; repeat. Default: 0.5, 1, 2, 4.")
     ] = None,
-    sensitivity: Annotated[str, typer.Option(help="Protocol by which --mixed measures: W0 or S128.")] = "W0",
-    sensitivity_windows: Annotated[int, typer.Option(help="Windows of text on which --mixed measures.")] = 4,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="Protocol by which --mixed measures: W0 (default) or S128.")
+    ] = None,
+    sensitivity_windows: Annotated[
+        int | None, typer.Option(help="Windows of text on which --mixed measures. Default: 4.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of text to learn from.")] = 262144,
-    window: Annotated[int, typer.Option(help="Tokens that the model sees at a time.")] = 2048,
+    window: Annotated[int | None, typer.Option(help="Tokens that the model sees at a time. Default: 2048.")] = None,
     samples: Annotated[
-        int, typer.Option(help="Tokens, of those, whose keys and values the tables are fitted to.")
-    ] = 131072,
+        int | None,
+        typer.Option(help="Tokens, of those, whose keys and values the tables are fitted to. Default: 131072."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides which text and tokens are taken.")] = 0,
     work_dir: Annotated[
         Path | None, typer.Option(help="Keeps statistics: a stopped run goes on, other bits reuse them.")
@@ -187,6 +193,7 @@ def calibrate(
     finetune: Annotated[
         int, typer.Option(metavar="STEPS", min=0, help="Then train the tables by distillation, e.g. 150; 0: not.")
     ] = 0,
+    finetune_window: Annotated[int, typer.Option(help="Tokens of a window of text that fine-tuning sees.")] = 1024,
     micro_batch: Annotated[
         int, typer.Option(min=1, help="Windows of fine-tuning, of 8, that run together; fewer take less memory.")
     ] = 8,
@@ -228,13 +235,11 @@ def calibrate(
 
     given = None
     if start is not None:
-        if not finetune:
-            raise ValueError("--from CODEBOOK only fine-tunes it: add --finetune STEPS, e.g. --finetune 150")
-        if bits or mixed or key_bits or value_bits or layer_bits or settings:
-            raise ValueError(
-                "--from keeps the bits and settings of its codebook: leave out --bits, --mixed, --key-bits, "
-                "--value-bits, --layer-bits and --set"
-            )
+        _check_from(
+            finetune, bits=bits, mixed=mixed, key_bits=key_bits, value_bits=value_bits, layer_bits=layer_bits,
+            set=settings, candidate=candidate, sensitivity=sensitivity, sensitivity_windows=sensitivity_windows,
+            window=window, samples=samples, base_model=base_model, license=license,
+        )  # fmt: skip
         given = AnTKVCodebook.from_pretrained(_codebook_place(start))
     wanted = bits or ([] if mixed else ["1"])
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings, layer_bits) for b in wanted]
@@ -248,14 +253,16 @@ def calibrate(
             "--layer-bits out, or name --bits for another codebook"
         )
     for _, config, _ in runs if finetune else ():  # before k-means, which takes minutes
-        Numbers(steps=finetune, tokens=tokens).check_text((given.config if given else config).window)
+        numbers = Numbers(steps=finetune, tokens=tokens, window=finetune_window)
+        numbers.check_text((given.config if given else config).window, "--finetune-window")
     mix = TextMix.from_sources(texts)
     with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(on_cpu(device)) as processes:
         loaded, tokenizer = _load_model(model, device_of(device, processes.local_rank), dtype)
         for name, config, spread in runs:
             folder = output if len(runs) == 1 else output / name
             codebook = given or learn(
-                loaded, tokenizer, mix, config, tokens=tokens, window=window, seed=seed, samples=samples,
+                loaded, tokenizer, mix, config, tokens=tokens, window=2048 if window is None else window, seed=seed,
+                samples=131072 if samples is None else samples,
                 work_dir=work_dir or scratch, base_model=base_model or (REPO if model == WORD else None),
                 license=license, mixed=spread,
             )  # fmt: skip
@@ -263,7 +270,7 @@ def calibrate(
                 continue
             if finetune:
                 codebook = tune(
-                    loaded, tokenizer, mix, codebook, steps=finetune, tokens=tokens, seed=seed,
+                    loaded, tokenizer, mix, codebook, steps=finetune, tokens=tokens, window=finetune_window, seed=seed,
                     micro_batch=micro_batch, work_dir=work_dir,
                 )  # fmt: skip
             save_codebook(codebook, folder)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import AsJson, DType, Model, _quiet
+from .cli_common import AsJson, Model, _dtype, _quiet
 
 
 def budget(
@@ -22,7 +22,12 @@ def budget(
             "presets that need none."
         ),
     ] = None,
-    dtype: DType = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the model: float32, bfloat16 or float16; auto is what its config says, or bfloat16.",
+        ),
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Say what a cache of so many tokens takes, how many tokens fit into so many bytes, and what to choose.
@@ -34,15 +39,11 @@ def budget(
     Example: antkv budget meta-llama/Llama-3.1-8B --tokens 131072 --bytes 2GB --among 2bit --among 1bit
     """
     _quiet()
-    import torch
-
     from .cache.budget import choices, fit
     from .evaluation.inspection import model_config
 
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype != "auto" and dtype not in kinds:
-        raise ValueError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(kinds)}")
-    config, kind = model_config(model), kinds.get(dtype)
+    kind = _dtype(dtype)
+    config = model_config(model)
     found = choices(config, tokens, size, batch, among, kind)
     best = None if tokens is None or size is None else fit(config, tokens, size, batch, among, kind)
     if as_json:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from .calibration.sensitivity import Mixed
     from .codebook import AnTKVCodebook
     from .config import AnTKVConfig
@@ -71,8 +73,9 @@ def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None,
     rest = [setting for setting in settings or [] if setting not in groups + layers]
     if groups and not groups[-1][6:].isdigit():
         raise ValueError(f"--set {groups[-1]!r}: group is a number")
-    config = AnTKVConfig.preset(name, group=int(groups[-1][6:]) if groups else None)
-    return None, _changed(config, rest, layers[-1].partition("=")[2] if layers else None)
+    group = int(groups[-1][6:]) if groups else None
+    config = _changed(AnTKVConfig.preset(name, group=group), rest)
+    return None, config.with_layer_bits(layers[-1].partition("=")[2], group) if layers else config
 
 
 def _load_model(name: str, device: str, dtype: str):
@@ -86,16 +89,23 @@ def _load_model(name: str, device: str, dtype: str):
     where = torch.device(("cuda" if cuda else "cpu") if device == "auto" else _checked_device(device))
     if where.type == "cuda" and not cuda:
         raise ValueError(f"--device {device}: this PyTorch sees no GPU; use --device cpu")
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype != "auto" and dtype not in kinds:
-        raise ValueError(f"--dtype {dtype!r} is unknown; choose auto, {', '.join(kinds)}")
-    kind: Any = kinds.get(dtype, torch.float32 if where.type == "cpu" else "auto")
+    kind: Any = _dtype(dtype) or (torch.float32 if where.type == "cpu" else "auto")
     if name == WORD:
         model, tokenizer, place = load_demo_model()
         _say(f"model: {place}")
         return model.to(where, dtype=torch.bfloat16 if kind == "auto" else kind), tokenizer
     tokenizer = AutoTokenizer.from_pretrained(name)
     return AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval().to(where), tokenizer
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    """What ``--dtype`` names; None for auto."""
+    import torch
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name != "auto" and name not in kinds:
+        raise ValueError(f"--dtype {name!r} is unknown; choose auto, {', '.join(kinds)}")
+    return kinds.get(name)
 
 
 def _checked_device(name: str) -> str:
@@ -133,18 +143,36 @@ def _changed(config: AnTKVConfig, settings: list[str] | None, layer_bits: str | 
 
 
 def _mixed_runs(
-    bits: list[float] | None, candidates: list[str] | None, protocol: str, windows: int, settings: list[str] | None
-) -> list[tuple[str, AnTKVConfig, Mixed | None]]:
+    bits: list[float] | None, candidates: list[str] | None, protocol: str | None, windows: int | None,
+    settings: list[str] | None,
+) -> list[tuple[str, AnTKVConfig, Mixed | None]]:  # fmt: skip
     """Name, config and spread of each `--mixed`; the config's specs are replaced by what is found."""
     from .calibration.sensitivity import Mixed
     from .config import AnTKVConfig
 
+    for name, given in (("candidate", candidates), ("sensitivity", protocol), ("sensitivity-windows", windows)):
+        if given and not bits:
+            raise ValueError(f"--{name} is of --mixed: add --mixed BITS, e.g. --mixed 1")
     runs: list[tuple[str, AnTKVConfig, Mixed | None]] = []
     for b in bits or []:
-        found = Mixed(b, tuple(candidates or Mixed.candidates), windows, protocol)
+        found = Mixed(
+            b, tuple(candidates or Mixed.candidates), Mixed.windows if windows is None else windows,
+            Mixed.protocol if protocol is None else protocol,
+        )  # fmt: skip
         spec = str(found.uniform())
         runs.append((f"mixed-{b:g}bit", _changed(AnTKVConfig.preset("1bit", key=spec, value=spec), settings), found))
     return runs
+
+
+def _check_from(finetune: int, **given: Any) -> None:
+    """Raises ValueError if an option is given beside --from that would not be heard."""
+    if not finetune:
+        raise ValueError("--from CODEBOOK only fine-tunes it: add --finetune STEPS, e.g. --finetune 150")
+    if names := [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, [])]:
+        raise ValueError(
+            f"--from keeps the bits, settings, licence and model of its codebook, and learns none: leave out "
+            f"{', '.join(names)}"
+        )
 
 
 class _Bar:

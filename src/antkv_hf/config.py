@@ -190,10 +190,17 @@ class AnTKVConfig:
 
     @property
     def codec_name(self) -> str:
-        """A short name: ``d8b8/d8b8`` (keys/values), ``mixed d16b8+d4b8`` (the specs there are), ``identity``."""
+        """A short name: ``d8b8/d8b8`` (keys/values), ``mixed d16b8+d8b8`` (the specs there are), ``identity``."""
+        return self.name_codec()
+
+    def name_codec(self, layers: Iterable[int] | None = None) -> str:
+        """`codec_name` of quantized `layers`: without the default specs where all have specs of their own."""
         if not self.layer_specs:
             return "identity" if self.is_identity else f"{self.key}/{self.value}"
-        specs = {spec for pair in self.layer_specs.values() for spec in pair}
+        pairs = self.layer_codecs([-1, *self.layer_specs] if layers is None else layers).values()  # -1: the default
+        if len(set(pairs)) == 1:
+            return "{}/{}".format(*next(iter(pairs)))
+        specs = {spec for pair in pairs for spec in pair}
         return "mixed " + "+".join(map(str, sorted(specs, key=lambda spec: (spec.bits_per_element, str(spec)))))
 
     def describe_codec(self, layers: Iterable[int]) -> str:
@@ -202,9 +209,9 @@ class AnTKVConfig:
             return f"keys {self.key}, values {self.value}"
         return f"layers (keys/values) {describe_layers(self.layer_codecs(layers))}"
 
-    def with_layer_bits(self, text: str) -> AnTKVConfig:
+    def with_layer_bits(self, text: str, group: int | None = None) -> AnTKVConfig:
         """With the bits of single layers, e.g. ``"0-9=0.5,10-24=2,25=1/2"``: see `specs.parse_layer_bits`."""
-        return self.replace(layer_specs=parse_layer_bits(text, isinstance(self.key, ScalarSpec)))
+        return self.replace(layer_specs=parse_layer_bits(text, isinstance(self.key, ScalarSpec), group))
 
     @classmethod
     def preset(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 CODE_BITS = (4, 6, 8, 10, 12)
+MOST_LAYERS = 10_000  # that any model has
 SCALAR_BITS, SCALAR_GROUPS = (2, 4), (32, 64, 128)
 
 
@@ -190,15 +191,15 @@ def scalar_spec_for(bits: float | str, group: int | None, role: str) -> ScalarSp
     return ScalarSpec(int(text), group)
 
 
-def parse_layer_bits(text: str, scalar: bool = False) -> dict[int, SpecPair]:
+def parse_layer_bits(text: str, scalar: bool = False, group: int | None = None) -> dict[int, SpecPair]:
     """Reads ``"0-9=0.5,10-24=2,25=1/d16b8s2"``: bits, or specs, of layers; after a slash those of the values.
 
     Args:
-        scalar: read bits as those of scalar codes (``ott-2bit``).
+        scalar: read bits as those of scalar codes (``ott-2bit``). group: of theirs, as in `AnTKVConfig.preset`.
 
     Raises:
-        ValueError: naming what cannot be read, a span that runs backwards, a layer that is named twice, bits that do
-            not exist.
+        ValueError: naming what cannot be read, a span that runs backwards, a layer that is named twice, one
+            that no model has, bits that do not exist.
     """
     found: dict[int, SpecPair] = {}
     for part in text.split(","):
@@ -211,9 +212,13 @@ def parse_layer_bits(text: str, scalar: bool = False) -> dict[int, SpecPair]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"layers {first}-{last} run backwards: write {last}-{first}={match[3]}")
+        if last >= MOST_LAYERS:  # before a list of them fills memory
+            raise ValueError(
+                f"layer {last} of the layer bits {text!r} does not exist: layers end below {MOST_LAYERS:,}"
+            )
         bits = match[3], match[4] or match[3]
         key, value = (
-            scalar_spec_for(b, None, role) if scalar else spec_for(b) for b, role in zip(bits, ("key", "value"))
+            scalar_spec_for(b, group, role) if scalar else spec_for(b) for b, role in zip(bits, ("key", "value"))
         )
         for layer in range(first, last + 1):
             if layer in found:

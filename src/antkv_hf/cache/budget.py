@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,6 +20,7 @@ from ..config import OTT, SCALAR_BITS, AnTKVConfig, ScalarSpec, VQSpec
 from .footprint import MemoryFootprint
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_NUMBER = r"((?:\d+(?:_\d+)*)?\.?\d+(?:e\+?\d{1,2})?)"
 _MOST_TOKENS = 1 << 40  # where a search for the longest text ends
 
 
@@ -27,8 +30,8 @@ def parse_bytes(size: int | float | str) -> int:
     Raises:
         ValueError: for anything else, or no positive number.
     """
-    match = re.fullmatch(r"([\d_]*\.?\d+)\s*([kmgt]?i?)b?", str(size).strip().lower())
-    if not match or match[2] not in _UNITS or (count := int(float(match[1]) * _UNITS[match[2]])) < 1:
+    match = re.fullmatch(_NUMBER + r"\s*([kmgt]?i?)b?", str(size).strip().lower(), re.ASCII)
+    if not match or match[2] not in _UNITS or (count := int(Decimal(match[1]) * _UNITS[match[2]])) < 1:
         raise ValueError(f"cannot read a number of bytes in {size!r}: write e.g. 2GB, 500MB or 1.5GiB")
     return count
 
@@ -146,6 +149,7 @@ class Choice:
         config: its config. bits: bits of codes per element.
         footprint: at the length that takes most, up to the tokens asked for; None if none were.
         tokens: what fits into the bytes asked for; None if none were.
+        codebook: the tables, where a codebook was named.
     """
 
     name: str
@@ -153,6 +157,7 @@ class Choice:
     bits: float
     footprint: MemoryFootprint | None
     tokens: int | None
+    codebook: AnTKVCodebook | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         taken = None if self.footprint is None else self.footprint.to_dict()
@@ -164,7 +169,7 @@ def choices(
     tokens: int | None = None,
     bytes: int | str | None = None,
     batch: int = 1,
-    among: Iterable[str | AnTKVConfig] | None = None,
+    among: Iterable[str | Path | AnTKVConfig] | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[Choice]:
     """What each way to keep a cache takes for `tokens`, and how many tokens of it fit into `bytes`; best first.
@@ -174,19 +179,22 @@ def choices(
             shipped codebooks of the model, then the presets that need none.
 
     Raises:
-        ValueError: neither tokens nor bytes, an empty list, and as `cache_bytes`.
+        ValueError: neither tokens nor bytes, an empty list, a codebook of another model, and as `cache_bytes`.
     """
     if tokens is None and bytes is None:
         raise ValueError("give a number of tokens, or of bytes")
-    named = [_named(item) for item in (_for_model(model_config) if among is None else among)]
+    named = [_named(item) for item in among] if among is not None else _for_model(model_config)
     if not named:
         raise ValueError("there is nothing to choose among: name presets or codebooks, e.g. 2bit or ott-4bit")
     found = []
-    for name, config in named:
+    for name, config, book in named:
+        layers = [i for i, kept in enumerate(_cache_layers(model_config, config)) if kept is None]
+        if book is not None:
+            _check(name, book, model_config, layers)
         taken = None if tokens is None else most_bytes(model_config, config, tokens, batch, dtype)
         room = None if bytes is None else most_tokens(model_config, config, bytes, batch, dtype)
-        layers = [i for i, kept in enumerate(_cache_layers(model_config, config)) if kept is None]
-        found.append(Choice(name, config, _code_bits(config, layers), taken, room))
+        bits = _code_bits(config, layers, _model_dtype(model_config.get_text_config(decoder=True), dtype))
+        found.append(Choice(name or config.name_codec(layers), config, bits, taken, room, book))
     return sorted(found, key=lambda choice: (-choice.bits, isinstance(choice.config.key, ScalarSpec)))
 
 
@@ -195,7 +203,7 @@ def fit(
     tokens: int,
     bytes: int | str,
     batch: int = 1,
-    among: Iterable[str | AnTKVConfig] | None = None,
+    among: Iterable[str | Path | AnTKVConfig] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Choice:
     """The choice of the most bits whose cache of `batch` times `tokens` fits into `bytes`; of equal ones the codebook.
@@ -204,8 +212,16 @@ def fit(
         ValueError: none fits, naming the smallest, the bytes that are missing and the tokens that would fit; and as
             `choices`.
     """
-    size = parse_bytes(bytes)
     found = choices(model_config, tokens, None, batch, among, dtype)
+    return best_of(found, model_config, tokens, bytes, batch, dtype)
+
+
+def best_of(
+    found: list[Choice], model_config: PreTrainedConfig, tokens: int, bytes: int | str, batch: int,
+    dtype: torch.dtype | None,
+) -> Choice:  # fmt: skip
+    """The first of `choices` that fits, as `fit` says it."""
+    size = parse_bytes(bytes)
     fitting = [c for c in found if c.footprint is not None and c.footprint.total <= size]
     if fitting:
         return fitting[0]
@@ -248,12 +264,13 @@ def _loaded_bytes(spec: VQSpec, dim: int, permuted: bool) -> int:
 def _cache_layers(model_config: PreTrainedConfig, config: AnTKVConfig) -> list[int | None]:
     """For each layer the most tokens that it keeps exactly, None for one that is quantized."""
     from .cache import AnTKVCache
-    from .layer import AnTKVLayer
+    from .layer import AnTKVLayer, check_layer_numbers
 
     identity = AnTKVConfig.preset("identity", skip_layers=config.skip_layers)
     with warnings.catch_warnings():  # how many layers are quantized is told where a cache is made
         warnings.simplefilter("ignore")
         layers = AnTKVCache(model_config, identity).layers
+    check_layer_numbers(config, len(layers))
     found: list[int | None] = []
     for i, layer in enumerate(layers):
         if isinstance(layer, AnTKVLayer):
@@ -272,29 +289,41 @@ def _cache_layers(model_config: PreTrainedConfig, config: AnTKVConfig) -> list[i
     return found
 
 
-def _code_bits(config: AnTKVConfig, layers: list[int]) -> float:
+def _code_bits(config: AnTKVConfig, layers: list[int], dtype: torch.dtype) -> float:
     """Bits by which choices are ranked: those of codes alone, since scales buy no quality."""
+    if config.is_identity:
+        return 8.0 * dtype.itemsize
     if not isinstance(config.key, ScalarSpec):
         return sum(config.bits(layers)) / 2
     specs = [spec for pair in config.layer_codecs(layers).values() for spec in pair]
     return sum(spec.bits for spec in specs if isinstance(spec, ScalarSpec)) / len(specs)
 
 
-def _for_model(model_config: PreTrainedConfig) -> list[str]:
+_Named: TypeAlias = tuple[str | None, AnTKVConfig, AnTKVCodebook | None]
+
+
+def _for_model(model_config: PreTrainedConfig) -> list[_Named]:
     """Shipped codebooks whose model has the sizes of this one, and the presets that need no codebook."""
     found = describe_model(model_config.get_text_config(decoder=True))
     same = ("model_type", "num_hidden_layers", "kv_heads", "head_dim", "value_dim")
-    names = []
-    for name in shipped_codebooks():
-        model = AnTKVCodebook.from_pretrained(name).model
-        if all(model[field] == found[field] for field in same):
-            names.append(name)
-    return names + [f"{OTT}{bits}bit" for bits in SCALAR_BITS]
+    named = [_named(name) for name in shipped_codebooks()]
+    fitting = [item for item in named if item[2] and all(item[2].model[field] == found[field] for field in same)]
+    return fitting + [_named(f"{OTT}{bits}bit") for bits in SCALAR_BITS]
 
 
-def _named(item: str | AnTKVConfig) -> tuple[str, AnTKVConfig]:
+def _named(item: str | Path | AnTKVConfig) -> _Named:
+    """Name (None for a config), config, and the codebook if `item` is one."""
     if isinstance(item, AnTKVConfig):
-        return item.codec_name, item
-    if re.fullmatch(rf"({OTT})?[\d.]+bit", item):
-        return item, AnTKVConfig.preset(item)
-    return item, AnTKVCodebook.from_pretrained(item).config
+        return None, item, None
+    if isinstance(item, str) and re.fullmatch(rf"identity|({OTT})?[\d.]+bit", item):
+        return item, AnTKVConfig.preset(item), None
+    book = AnTKVCodebook.from_pretrained(item)
+    return str(item), book.config, book
+
+
+def _check(name: str | None, book: AnTKVCodebook, model_config: PreTrainedConfig, layers: list[int]) -> None:
+    """Raises ValueError, naming the codebook, if its tables are not those of the model's `layers`."""
+    try:
+        book.check(model_config.get_text_config(decoder=True), book.config, layers)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -17,12 +17,12 @@ from ..anchors import get_score
 from ..attention.backends import select_backend
 from ..codebook import AnTKVCodebook, describe_model
 from ..codecs import CodecForDevice, IdentityCodec, LayerCodec, scalar_codecs
-from ..config import AnTKVConfig, ScalarSpec
+from ..config import AnTKVConfig, ScalarSpec, VQSpec
 from ..static_storage import size_obstacle
 from ..tensor_parallel import check_heads, tp_size
 from . import budget, interface, persistence
 from .footprint import MemoryFootprint
-from .layer import AnTKVLayer, LayerPlan, layers_kept_as_they_are, quantizable_layers
+from .layer import AnTKVLayer, LayerPlan, check_layer_numbers, layers_kept_as_they_are, quantizable_layers
 from .model_rotary import model_rotary
 from .prompt_guard import PromptGuard, forward_input_ids, generate_input_ids
 
@@ -132,22 +132,29 @@ class AnTKVCache(Cache):
     @classmethod
     def fit(
         cls, model: PreTrainedModel, tokens: int, bytes: int | str, batch: int = 1,
-        among: Iterable[str | AnTKVConfig] | None = None, **options: Any,
+        among: Iterable[str | Path | AnTKVConfig] | None = None, *, on_new_prompt: str = "error",
     ) -> AnTKVCache:  # fmt: skip
         """A fresh cache of the most bits with which `batch` times `tokens` fit into `bytes` (``"2GB"``, ``"1.5GiB"``).
 
         Args:
-            among: codebooks, or presets that need none; by default the shipped codebooks of this model and
-                ``"ott-4bit"``, ``"ott-2bit"``. options: as in `AnTKVCache`, e.g. ``on_new_prompt``.
+            among: codebooks (folder, Hub id, shipped name), or presets and configs that need none; by default the
+                shipped codebooks of this model and ``"ott-4bit"``, ``"ott-2bit"``. on_new_prompt: as in `AnTKVCache`.
 
         Raises:
-            ValueError: none fits: the message names the bytes that are missing, and the tokens that would fit.
+            ValueError: none fits: the message names the bytes that are missing, and the tokens that would fit; a
+                codebook of another model, or a preset or config that needs one. The model is left as it was.
         """
-        found = budget.fit(model.config, tokens, bytes, batch, among, model.dtype)
-        if isinstance(found.config.key, ScalarSpec):
-            model.set_attn_implementation(interface.NAME)
-            return cls(model.config, found.config, **options)
-        return cls.from_pretrained(found.name, model, **options)
+        found = budget.choices(model.config, tokens, None, batch, among, model.dtype)
+        for choice in found:
+            if isinstance(choice.config.key, VQSpec) and choice.codebook is None:
+                raise ValueError(
+                    f"{choice.name} needs a codebook: name one (folder, Hub id), or ask AnTKVConfig.fit for its config"
+                )
+        best = budget.best_of(found, model.config, tokens, bytes, batch, model.dtype)
+        mesh = getattr(model, "_device_mesh", None)
+        cache = cls(model.config, best.config, best.codebook, on_new_prompt=on_new_prompt, device_mesh=mesh)
+        model.set_attn_implementation(interface.NAME)
+        return cache
 
     def fork(self) -> AnTKVCache:
         """A second cache that goes on from here on its own: one long document, many questions.
@@ -354,11 +361,7 @@ def _layers(
             f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kept}): only those of full "
             "attention over all past tokens are. Use DynamicCache for this model."
         )
-    for name in ("skip_layers", "layer_specs"):
-        if beyond := [i for i in getattr(config, name) if i >= len(layers)]:
-            raise ValueError(
-                f"{name} names layer {beyond[0]}, but the model has {len(layers)} layers (0 to {len(layers) - 1})"
-            )
+    check_layer_numbers(config, len(layers))
     if len(layers) - len(plain) > len(config.skip_layers):
         warnings.warn(
             f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers of {text.model_type}, those of full attention; "

@@ -27,6 +27,13 @@ def quantizable_layers(layers: list, config: AnTKVConfig) -> list[int]:
     return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer and i not in config.skip_layers]
 
 
+def check_layer_numbers(config: AnTKVConfig, count: int) -> None:
+    """Raises ValueError if `config` names a layer beyond the `count` layers of a model."""
+    for name in ("skip_layers", "layer_specs"):
+        if beyond := [i for i in getattr(config, name) if i >= count]:
+            raise ValueError(f"{name} names layer {beyond[0]}, but the model has {count} layers (0 to {count - 1})")
+
+
 _KINDS = {  # transformers' cache layers that are not quantized, in words
     "DynamicSlidingWindowLayer": "sliding window",
     "LinearAttentionLayer": "linear attention",

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..cache.layer import quantizable_layers
+from ..cache.layer import check_layer_numbers, quantizable_layers
 from ..cache.model_rotary import model_rotary
 from ..config import AnTKVConfig, VQSpec
 from ..rotary import Rotary
@@ -52,14 +52,25 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def layers_to_learn(model: PreTrainedModel, config: AnTKVConfig) -> dict[int, Rotary | None]:
-    """Full-attention layers that are not skipped, with the RoPE to take off their keys; ValueError if none is."""
+    """Full-attention layers that are not skipped, with the RoPE to take off their keys.
+
+    Raises:
+        ValueError: there is none, or `layer_specs` or `skip_layers` names a layer that is not one.
+    """
     layers = list(DynamicCache(config=model.config).layers)
+    check_layer_numbers(config, len(layers))
     found = quantizable_layers(layers, config)
     if not found:
         kinds = dict(Counter(type(layer).__name__ for layer in layers))
         raise ValueError(
             f"{type(model).__name__} has no layer to calibrate among its {len(layers)} ({kinds}, skip_layers="
             f"{config.skip_layers}): only full-attention layers are quantized"
+        )
+    if other := [i for i in config.layer_specs if i not in found]:
+        kind = "skipped" if other[0] in config.skip_layers else f"a {type(layers[other[0]]).__name__}"
+        raise ValueError(
+            f"layer_specs names layer {other[0]}, which is {kind} and gets no tables: leave it out, or out of "
+            "skip_layers"
         )
     rotary = model_rotary(model.config) if config.rope == "pre" else [None] * len(layers)
     return {i: rotary[i] for i in found}

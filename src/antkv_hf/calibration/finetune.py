@@ -44,6 +44,9 @@ class Numbers:
     micro_batch: int = 8
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro_batch", "window", "tokens", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number")
         for name in ("steps", "batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -52,19 +55,24 @@ class Numbers:
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate={self.learning_rate} must lie between 0 and 1, e.g. 0.005")
 
-    def check_text(self, exact: int) -> None:
-        """Raises ValueError if windows of text leave nothing to train on beside the `exact` last keys, or are few."""
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide the tables; `micro_batch` does by rounding only."""
+        return {name: number for name, number in asdict(self).items() if name != "micro_batch"}
+
+    def check_text(self, exact: int, name: str = "window") -> None:
+        """Raises ValueError if windows of text leave nothing to train on beside the `exact` last keys, or are few;
+        `name` is what they are set by."""
         least = exact + 1 if self.windowed else 2
         if self.window < least:
             raise ValueError(
-                f"window={self.window} must be at least {least}: the last {exact} keys of a query stay exact, and only "
+                f"{name}={self.window} must be at least {least}: the last {exact} keys of a query stay exact, and only "
                 "what is older trains the tables"
             )
         if self.tokens // self.window < (needed := self.batch + HELD_OUT):
             raise ValueError(
                 f"tokens={self.tokens} are {self.tokens // self.window} windows of {self.window}, but a batch of "
                 f"{self.batch} and {HELD_OUT} held-out windows need {needed}: raise tokens to {needed * self.window}, "
-                "or lower window or batch"
+                f"or lower {name}"
             )
 
     def is_windowed(self, step: int) -> bool:
@@ -166,15 +174,16 @@ def finetune(
         _train(model, student, pool, run, state, progress)
         tuned = AnTKVCodebook(codebook.config, student.tables(), codebook.model)
         after = _losses(model, Student(model, tuned), held, run)
-    facts = {k: v for k, v in asdict(run).items() if k != "micro_batch"}
-    facts |= {
+    facts = run.deciding() | {
         "sources": list(sources) if sources is not None else mix.describe(),
         "loss": {name: [state.facts["before"][name], after[name]] for name in after},
         "date": date.today().isoformat(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    # What k-means left of its samples is no longer what these tables leave.
+    # What k-means left of its samples, and what its tables lost, is no longer what these tables leave and lose.
     made = {name: fact for name, fact in codebook.calibration.items() if name != "relative_error"}
+    if "sensitivity" in made:
+        made["sensitivity"] = {name: fact for name, fact in made["sensitivity"].items() if name != "measured"}
     return AnTKVCodebook(codebook.config, tuned.tables, codebook.model, {**made, "finetune": facts})
 
 
@@ -189,7 +198,7 @@ def _settings(model: PreTrainedModel, codebook: AnTKVCodebook, run: Numbers, poo
         "codebook": codebook.sha256,
         "config": codebook.config.to_dict(),
         "text": hashlib.sha256(pool.numpy().tobytes()).hexdigest()[:16],
-        **asdict(run),
+        **run.deciding(),
     }
 
 

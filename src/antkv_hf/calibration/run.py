@@ -25,7 +25,7 @@ from ..texts import TextMix, mix_windows
 from .checks import check_model, check_sizes, layers_to_learn, weights_digest
 from .intercept import frozen_for_statistics
 from .processes import Processes
-from .sensitivity import ROLES, Mixed, measured, search
+from .sensitivity import ROLES, Mixed, check_spread, measured, search
 from .statistics import LayerStatistics, window_statistics
 from .tables import learn_tables
 from .work_folder import WorkFolder, check_shared, digest
@@ -110,7 +110,8 @@ def calibrate(
 
     Raises:
         ValueError: before any work: too little text, an encoder or a model without full-attention layers, sizes that a
-            spec does not divide, fewer samples than centroids, a `work_dir` of other settings, too little disk.
+            spec does not divide, `layer_specs` of a layer without tables, fewer samples than centroids, bits that
+            `mixed` cannot keep, a `work_dir` of other settings, too little disk. Later: a loss that is not finite.
 
     Example:
         >>> codebook = calibrate(model, tokenizer, TextMix.from_sources(["wiki.txt"]), AnTKVConfig.preset("1bit"))
@@ -121,9 +122,12 @@ def calibrate(
         if number < 1:
             raise ValueError(f"{name}={number} must be at least 1")
     check_model(model)
+    config.vq_specs()  # of the codebook, also where `mixed` replaces them
     rotary = layers_to_learn(model, config)
     described = describe_model(model.config.get_text_config(decoder=True), base_model)
     check_sizes(_wanted(config, mixed, rotary), described, rotary, tokens, window, samples)
+    if mixed is not None:
+        check_spread(mixed, rotary, {"key": described["head_dim"], "value": described["value_dim"]})
     windows = mix_windows(tokenizer, mix, window, tokens // window, seed)
     plan = _Plan(described, rotary, windows, _sampled_positions(len(windows), window, samples, seed))
     with ExitStack() as stack:

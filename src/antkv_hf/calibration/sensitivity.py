@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ class Mixed:
         protocol: ``W0`` (every key and value quantized) or ``S<n>`` (the last n keys exact).
 
     Raises:
-        ValueError: no candidate as small as `bits`, no window, a protocol that is not a one-shot one.
+        ValueError: bits that are no number, no candidate as small as `bits`, no window, a protocol that is not a
+            one-shot one.
     """
 
     bits: float
@@ -57,6 +58,8 @@ class Mixed:
     protocol: str = "W0"
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.bits):
+            raise ValueError(f"{self.bits} bits on average are no number to spend: give e.g. 1")
         smallest = min(self.specs, key=lambda spec: spec.bits_per_element, default=None)
         if smallest is None or self.bits < smallest.bits_per_element:
             least = "none" if smallest is None else f"{smallest.bits_per_element:g} bits ({smallest})"
@@ -120,6 +123,12 @@ def spread_bits(
         found[places[i]] = spec
         left -= size // unit
     return dict(sorted(found.items()))
+
+
+def check_spread(mixed: Mixed, layers: Iterable[int], sizes: Mapping[str, int]) -> None:
+    """Raises ValueError, as `spread_bits`, if `layers` of these head sizes cannot have so few bits: codes of a vector
+    are padded to whole bytes."""
+    spread_bits({(i, role): dict.fromkeys(mixed.specs, 0.0) for i in layers for role in ROLES}, sizes, mixed.bits)
 
 
 def layer_specs(found: Mapping[Place, VQSpec]) -> dict[int, tuple[VQSpec, VQSpec]]:
@@ -238,6 +247,9 @@ def layer_costs(
         windows: token ids ``(count, n)``. protocol: see `Mixed`.
         config: anchors and chunks. rotary: the layer's RoPE, None where keys are coded as they come.
         tables: of the layer, by role and spec.
+
+    Raises:
+        ValueError: a loss is not finite.
     """
     evaluator = _evaluator(model, protocol, config)
     sums: Costs = {(layer, role): {} for role in ROLES}
@@ -246,7 +258,9 @@ def layer_costs(
         plain = _logits(evaluator, ids, {})
         for (role, spec), held in tables.items():
             plan = _plan_of(evaluator.config, layer, role, spec, held, rotary)
-            found = mean_divergence(plain, _logits(evaluator, ids, {layer: plan}))
+            found = _checked(
+                mean_divergence(plain, _logits(evaluator, ids, {layer: plan})), model, f"layer {layer}, {role} {spec}"
+            )
             place = sums[layer, role]
             place[spec] = place.get(spec, 0.0) + found / len(windows)
     return sums
@@ -260,8 +274,18 @@ def cache_cost(model: PreTrainedModel, windows: torch.Tensor, protocol: str, cod
     total = 0.0
     for row in windows:
         ids = row.unsqueeze(0).to(model.device)
-        total += mean_divergence(_logits(plain_evaluator, ids, {}), _logits(evaluator, ids, evaluator.plans))
+        found = mean_divergence(_logits(plain_evaluator, ids, {}), _logits(evaluator, ids, evaluator.plans))
+        total += _checked(found, model, f"codec {codebook.config.codec_name}")
     return total / len(windows)
+
+
+def _checked(loss: float, model: PreTrainedModel, what: str) -> float:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"{what}: the loss is {loss} in {model.dtype}, by which no bits can be spread: load the model in bfloat16 "
+            "or float32, or leave this candidate out"
+        )
+    return loss
 
 
 def mean_divergence(plain: torch.Tensor, logits: torch.Tensor) -> float:

@@ -62,6 +62,7 @@ def _layer_tables(codebook: AnTKVCodebook, cache: AnTKVCache) -> list[dict[str, 
     """Specs, bases and bytes of each layer's tables, and the fastest backend with kernels for them."""
     plans = {layer.plan.layer_idx: layer.plan for layer in cache.quantized_layers}
     sizes = [codebook.model[name] for name in ("kv_heads", "head_dim", "value_dim")]
+    group = codebook.model_config().get_text_config(decoder=True).num_attention_heads // sizes[0]
     known: dict[tuple, str] = {}
     rows = []
     for layer, pair in sorted(codebook.tables.items()):
@@ -73,14 +74,15 @@ def _layer_tables(codebook: AnTKVCodebook, cache: AnTKVCache) -> list[dict[str, 
         form = tuple(value for name, value in row.items() if name not in ("layer", "table_bytes"))
         if layer in plans:
             if form not in known:
-                known[form] = fastest_kernels(plans[layer].codec(torch.device("cpu"), *sizes))
+                known[form] = fastest_kernels(plans[layer].codec(torch.device("cpu"), *sizes), group)
             row["kernels"] = known[form]
         rows.append(row)
     return rows
 
 
-def fastest_kernels(codec: LayerCodec) -> str:
-    """The fastest backend that has kernels for a layer's codes, on a GPU that it runs on and in a 16-bit model."""
+def fastest_kernels(codec: LayerCodec, group: int) -> str:
+    """The fastest backend that has kernels for a layer's codes and the `group` query heads of a kv head, on a GPU that
+    it runs on and in a 16-bit model."""
     if importlib.util.find_spec("triton") is None:
         return "unknown: Triton is not installed"
     from antkv.cuda_decode import find_shape
@@ -89,7 +91,7 @@ def fastest_kernels(codec: LayerCodec) -> str:
 
     try:
         tables = layer_tables(codec, torch.float16)
-        find_shape(*tables, 1, softcap=False)
+        find_shape(*tables, group, softcap=False)
     except UnsupportedTables:
         return "none"
     except ValueError:

@@ -142,7 +142,7 @@ def evaluate(
             here = config.replace(window=protocol.window) if protocol.window else config
             make = partial(AnTKVCache, model.config, here, codebook)
             bits = real_bits(model, ids[:1], make)
-            method = here.codec_name
+            method = here.name_codec(layer.plan.layer_idx for layer in make().quantized_layers)
             if protocol.one_shot:
                 with ProtocolEvaluator(model, protocol, here, codebook).active():
                     measure(method, protocol.name, bits, plain)
