@@ -36,9 +36,10 @@ def run(arguments: argparse.Namespace) -> None:
     book = None if arguments.codebook is None else AnTKVCodebook.from_pretrained(arguments.codebook)
     variants = Ablations(bench, book, dict(map(named, arguments.domain)), arguments.domain_tokens).all()
     for variant in bench.mine([v for v in variants if v.part in arguments.parts]):
+        statistics = "" if variant.learned_from is None else variant.learned_from().key
         for text in bench.texts:
             for protocol in variant.protocols:
-                what = dict(part=variant.part, group=variant.group, x=variant.x)
+                what = dict(part=variant.part, group=variant.group, x=variant.x, statistics=statistics)
                 table.row(what, protocol, text, variant.subject)
 
 
@@ -64,7 +65,7 @@ def main() -> None:
         run(arguments)
         for path in plot_parts(read_csv(arguments.out / "ablations.csv"), arguments.out):
             print(f"wrote {path}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"ablations.py: {error}")
 
 

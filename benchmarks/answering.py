@@ -37,6 +37,8 @@ class CacheKind(NamedTuple):
 def cache_kind(name: str, model_config) -> CacheKind:
     """The cache called `name`: ``fp`` (`DynamicCache`), ``quanto-int4`` and the like, ``ott-4bit``, or a codebook.
 
+    ``NAME=PATH`` calls a codebook otherwise than its folder.
+
     Raises:
         FileNotFoundError, ValueError, ImportError: there is none of that name; it does not fit the model; its package
             is missing.
@@ -49,11 +51,13 @@ def cache_kind(name: str, model_config) -> CacheKind:
     if name.startswith("ott-"):
         codebook, config = None, AnTKVConfig.preset(name)
     else:
-        codebook = AnTKVCodebook.from_pretrained(find_codebook(name))
+        name, equals, path = name.rpartition("=")
+        codebook = AnTKVCodebook.from_pretrained(find_codebook(path))
+        name = name if equals else Path(path).name
         config = codebook.config
     AnTKVCache(model_config, config, codebook)  # a codebook that does not fit is told before the first batch
     return CacheKind(
-        Path(name).name, "antkv", lambda length: AnTKVCache(model_config, config, codebook, max_length=length),
+        name, "antkv", lambda length: AnTKVCache(model_config, config, codebook, max_length=length),
         size_obstacle(config) is None,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import gzip
 import json
 import re
 from pathlib import Path
+from textwrap import dedent, indent
 
 from problems import Problem, Score, Task
 from sandbox import run_program
@@ -21,6 +22,7 @@ INSTRUCTION = (
 # At the beginning of a line, none of these belongs to the function any more.
 STOPS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint", "\nassert", "\n```", "\nimport ", "\nfrom ")
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*[\w+-]*[ \t]*\n(.*?)(^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 _CODE_LINE = re.compile(r"^(?:def |class |import |from |@)", re.MULTILINE)
 
 
@@ -43,7 +45,7 @@ def finished(problem: Problem, answer: str) -> bool:
     """Whether the code block with the function is closed, or a base model has left the function."""
     if not problem.chat:
         return any(stop in answer for stop in STOPS)
-    return any(closed and _defines(code, problem) for code, closed in _BLOCK.findall(answer))
+    return any(closed and _defines(dedent(code), problem) for code, closed in _BLOCK.findall(answer))
 
 
 def score(problem: Problem, answer: str) -> Score:
@@ -60,17 +62,19 @@ def program(problem: Problem, answer: str) -> str:
         code = row["prompt"][: row["prompt"].index(f"def {row['entry_point']}")] + code
     else:
         code = row["prompt"] + code
+    code = "".join(_FUTURE.findall(code)) + _FUTURE.sub("", code)  # nothing may stand before them
     return f"{code}\n{row['test']}\ncheck({row['entry_point']})\n"
 
 
 def _code(problem: Problem, answer: str) -> str:
     """The first block that defines the function, else the first block, else the answer from its first line of code."""
-    blocks = [code for code, _ in _BLOCK.findall(answer)]
+    blocks = [dedent(code) for code, _ in _BLOCK.findall(answer)]  # those of a list's item are indented
     for code in blocks:
         if _defines(code, problem):
             return code
     if blocks:
-        return blocks[0]
+        first = _BLOCK.findall(answer)[0][0]
+        return first if first == blocks[0] else indent(blocks[0], "    ")  # the function's body alone
     found = _CODE_LINE.search(answer)
     return answer[found.start() :] if found else answer
 

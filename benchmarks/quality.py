@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from functools import cache, partial
 from itertools import product
 
-from results import read_csv
+from results import check_names, read_csv
 from rivals.measuring import Table
 from rivals.methods import Method, Setting, all_methods, given_codebook
 from rivals.report import plot_quality, quality_markdown
@@ -27,23 +27,33 @@ TINY_METHODS = ("fp8", "kivi-*", "turboquant-*", "kvquant-*", "cq-*1bit", "antkv
 
 
 def chosen(patterns: list[str], codebooks: list[str]) -> list[Method]:
-    """The codebooks, then methods that fit a pattern, in their order; ValueError for a pattern that none fits."""
+    """The codebooks, then methods that fit a pattern, in their order.
+
+    Raises:
+        ValueError: no method fits a pattern, or two of those chosen have one name.
+    """
     known, found = all_methods(), {}
     for pattern in patterns:
         fitting = {name: method for name, method in known.items() if fnmatch(name, pattern)}
         if not fitting:
             raise ValueError(f"--methods {pattern}: no method is called so; there are {', '.join(known)}")
         found = {**found, **fitting}
-    return [*map(given_codebook, codebooks), *found.values()]
+    methods = [*map(given_codebook, codebooks), *found.values()]
+    check_names("--codebooks", [method.name for method in methods])
+    return methods
 
 
 def fits(method: Method, bench: Bench) -> bool:
     """Whether the model's heads and the samples suffice for the method's tables; says so if not."""
+    samples = min(bench.sizes.samples, bench.sizes.tokens)
     text = bench.model.config.get_text_config(decoder=True)
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     for spec in method.specs:
         if dim % spec.sub_dim:
             print(f"{method.name}: left out, {dim} channels of a head are no multiple of {spec.sub_dim}", flush=True)
+            return False
+        if method.learns and samples < spec.centroids:
+            print(f"{method.name}: left out, {samples} samples are fewer than {spec.centroids} centroids", flush=True)
             return False
     return True
 
@@ -55,17 +65,20 @@ def run(arguments: argparse.Namespace) -> list[str]:
     table = Table(arguments.out / "quality.csv", bench.model, bench.name)
     for method in bench.mine(chosen(arguments.methods, arguments.codebooks)):
         protocols = [protocol for protocol in method.protocols if protocol in arguments.protocols]
-        if not fits(method, bench):
+        if not protocols:
+            print(f"{method.name}: left out, it is measured by {', '.join(method.protocols)} only", flush=True)
+        if not protocols or not fits(method, bench):
             continue
         try:
+            statistics = bench.statistics().key if method.learns else ""
             for seed in arguments.seed if method.random else [0]:
                 subject = cache(partial(method.build, Setting(bench.model, bench.statistics, seed)))
                 for text, protocol in product(bench.texts, protocols):
-                    what = dict(method=method.name, family=method.family, seed=seed)
+                    what = dict(method=method.name, family=method.family, seed=seed, statistics=statistics)
                     table.row(what, protocol, text, subject)
         except ImportError as error:  # an optional package is missing
             print(f"{method.name}: left out, {error}", flush=True)
-        except (ValueError, RuntimeError) as error:  # what others measure must not be lost
+        except (ValueError, OSError, RuntimeError) as error:  # what others measure must not be lost
             print(f"{method.name}: failed, {error}", flush=True)
             failed.append(method.name)
     return failed
@@ -110,7 +123,7 @@ def main() -> None:
         report(arguments)
         if failed:
             raise ValueError(f"failed: {', '.join(failed)}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"quality.py: {error}")
 
 

@@ -7,7 +7,8 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,12 +56,26 @@ def append_csv(path: Path, row: dict, device: torch.device | str | None = None) 
         writer.writerow(row)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, this process alone holds the lock of that name; others wait."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV as text, in order; none if there is no such file yet."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def check_names(option: str, names: Sequence[str]) -> None:
+    """Raises ValueError if two of `names`, by which rows are known, are the same."""
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"{option}: two are called {twice[0]}; call one otherwise by NAME=PATH")
 
 
 def wilson(correct: int, of: int) -> tuple[float, float]:

@@ -5,9 +5,10 @@
     PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/tasks.py --tiny --out RESULTS
 
 A cache is fp (DynamicCache), quanto-int4 or hqq-int4 (transformers' own), ott-4bit or ott-2bit, or a codebook by name
-or path. Appends a row to RESULTS/tasks.csv as each is done; RESULTS/answers holds every answer. A rerun goes on where
-the last run stopped. Processes with other caches, or with --shard, can share a GPU and RESULTS. DATA is laid out as
-benchmarks/README.md says. Programs that the model writes are run: see benchmarks/sandbox.py.
+or path; NAME=PATH calls it otherwise. Appends a row to RESULTS/tasks.csv as each is done; RESULTS/answers holds every
+answer. A rerun goes on where the last run stopped. Processes with other caches, or with --shard, can share a GPU and
+RESULTS. DATA is laid out as benchmarks/README.md says. Programs that the model writes are run: see
+benchmarks/sandbox.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +28,7 @@ import passkey
 import torch
 from answering import Answer, CacheKind, answer_in_batches, append_answers, cache_kind, prompt_text, read_answers
 from problems import Task
-from results import append_csv, print_table, read_csv, wilson
+from results import append_csv, check_names, locked, print_table, read_csv, wilson
 from sandbox import check_sandbox
 from tiny_tasks import tiny_model, tiny_tasks, tiny_tokenizer
 from transformers import GenerationConfig
@@ -85,7 +87,12 @@ class Run:
         return any(wanted.items() <= row.items() for row in read_csv(table))
 
     def finish(self, table: Path, workers: int) -> None:
-        """Scores the answers, writes them with their scores, and appends the row."""
+        """Scores the answers, writes them with their scores, and appends the row, unless another process was faster."""
+        with locked(self.folder / f"{self.name}.lock"):
+            if not self.in_table(table):
+                self._score(table, workers)
+
+    def _score(self, table: Path, workers: int) -> None:
         answers = self.answers()
         given = [answers[problem.name] for problem in self.problems]
         with ThreadPoolExecutor(workers) as pool:
@@ -133,7 +140,13 @@ def _file_name(key: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parsed(argv)
+    try:
+        run(parsed(argv))
+    except (ValueError, OSError) as error:
+        sys.exit(f"tasks.py: {error}")
+
+
+def run(arguments: argparse.Namespace) -> None:
     if arguments.tiny:
         model, tokenizer = tiny_model(), tiny_tokenizer(not arguments.completion)
     else:
@@ -153,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.tasks, chat, count_tokens
     )
     kinds = [cache_kind(name, model.config) for name in arguments.caches]
+    check_names("--caches", [kind.name for kind in kinds])
     table = arguments.out / "tasks.csv"
     if "humaneval" in arguments.tasks and not arguments.no_score:
         print(check_sandbox(), flush=True)

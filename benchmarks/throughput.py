@@ -15,6 +15,7 @@ import argparse
 import gc
 import importlib.util
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -171,7 +172,12 @@ def main() -> None:
         for batch, context in (TINY_PARTS if arguments.tiny else PARTS)[part]:
             if arguments.contexts is None or context in arguments.contexts:
                 rows += rows_of(part, model, competitors, batch, context, arguments)
-                write_csv(arguments.out / "throughput.csv", rows, arguments.device)
+                if rows:
+                    write_csv(arguments.out / "throughput.csv", rows, arguments.device)
+    if not rows:
+        sys.exit(
+            "throughput.py: nothing was measured: no context of the parts is in --contexts, or nothing fits the memory"
+        )
     print(f"{config.key}, anchors by {config.anchors.score}; synthetic keys, values and codes; {arguments.steps} steps")
     print_table(rows)
     if importlib.util.find_spec("matplotlib"):

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from antkv_hf.evaluation import (
     save_codebook,
     with_rows,
 )
-from antkv_hf.evaluation.baselines import quantized_cache, tensor_bytes
+from antkv_hf.evaluation.baselines import cache_bits, quantized_cache, tensor_bytes
 from antkv_hf.evaluation.perplexity import perplexity
 from antkv_hf.evaluation.protocols import choose_anchors, read_back, windowed_attention
 
@@ -323,13 +324,27 @@ def test_fp8_baseline(llama, ids):
         return
     rows = evaluate(llama, None, ids[:1], baselines=["fp8"])
     assert rows[1].ratio == pytest.approx(1.0, abs=0.01) and rows[1].perplexity != rows[0].perplexity
-    scales = 3 * 2 * 32  # a float32 number for the keys and one for the values of each layer
+    scales = 3 * 2 * 16  # a number, counted as float16, for the keys and one for the values of each layer
     assert rows[1].bits == pytest.approx(8 + scales / (3 * 2 * 2 * 16 * 300)) == rows[1].bits_with_window
 
 
 def test_tensor_bytes():
     held = (torch.zeros(3, dtype=torch.uint8), {"scale": torch.zeros(2), "shape": (1, 2)}, [None, 5])
-    assert tensor_bytes(held) == 3 + 8
+    assert tensor_bytes(held) == 3 + 8 and tensor_bytes(held, widest=2) == 3 + 4
+    narrow = (torch.zeros(5, dtype=torch.float8_e4m3fn), torch.zeros(3, dtype=torch.int32))
+    assert tensor_bytes(narrow, widest=2) == 5 + 12
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_scales_count_as_float16(dtype):
+    """Codes with scales as hqq stores them: the bits do not depend on the model's dtype, the exact window's do."""
+    scale = torch.zeros(64, dtype=dtype)  # groups of 64 of 2 x 16 x 128 elements, two codes a byte
+    stored = (torch.zeros(2048, dtype=torch.uint8), {"scale": scale, "zero": scale, "shape": torch.Size((2, 16, 128))})
+    exact = torch.zeros(2, 16, 1, dtype=dtype)
+    layer = SimpleNamespace(_quantized_keys=stored, _quantized_values=stored, keys=exact, values=exact)
+    bits, in_all = cache_bits(SimpleNamespace(layers=[layer]))
+    assert bits == 4 + 2 * 16 / 64
+    assert in_all == pytest.approx((bits * 4096 + 8 * dtype.itemsize * 32) / 4128)
 
 
 ROW = EvaluationRow("d8b8/d8b8", "S128", "wiki", 12, 2048, 2047, 18.1234567, 1.04412, 1.2166, 2.3, 61.26)

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers import random_codebook
 
 from antkv_hf import AnTKVCodebook, AnTKVConfig
 from antkv_hf.cache.model_rotary import model_rotary
+from antkv_hf.calibration.run import _sampled_positions
 from antkv_hf.codecs import VectorQuantizer
 from antkv_hf.config import VQSpec
 from antkv_hf.evaluation import AttentionCall, Protocol, ProtocolEvaluator, one_shot_losses
@@ -23,11 +25,17 @@ sys.path.append(str(BENCHMARKS))
 
 import ablations  # noqa: E402
 import quality  # noqa: E402
+import rivals.methods as methods  # noqa: E402
+import rivals.tables as tables  # noqa: E402
 from results import append_csv, read_csv  # noqa: E402
+from rivals.ablation_page import _order  # noqa: E402
 from rivals.kvquant import KVQuant, channel_levels, value_levels  # noqa: E402
 from rivals.measuring import Subject, Table, Text, measure  # noqa: E402
+from rivals.methods import all_methods  # noqa: E402
 from rivals.scalar import Fp8, Kivi, TurboQuant, gaussian_levels  # noqa: E402
+from rivals.statistics import Sizes  # noqa: E402
 from rivals.tables import contiguous, own, plain_tables, table_bytes  # noqa: E402
+from rivals.variants import Ablations  # noqa: E402
 
 HEADS, D, N = 2, 16, 70
 MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -258,6 +266,29 @@ def test_weights_of_kmeans(llama):
         assert (tables.permutation is None) == (form != "permutation")
 
 
+def test_published_weights_are_not_cut(llama, monkeypatch):
+    """Of 4,000 tokens one has a thousand times the weight of the others: ours is cut, those of the papers are not."""
+    found, seen = FakeStatistics(llama), []
+    found.x, found.gradients = found.x.repeat(1, 7, 1)[:, :4000], torch.ones(HEADS, 4000, D)
+    found.gradients[:, 7] = 1000**0.5
+    monkeypatch.setattr(tables, "weighted_kmeans", lambda x, w, count, *_: seen.append(w) or x[:, :count])
+    contiguous(found, "fisher")(0, "value", VQSpec(8, 4), 0)
+    monkeypatch.setattr(methods, "learned", lambda statistics, name, config, learn, seed: learn)
+    setting = methods.Setting(llama, lambda: found, 0)
+    for name in ("cq-fisher-1bit", "antkv-paper-1bit-sinks"):
+        all_methods()[name].build(setting).codebook(0, "value", VQSpec(8, 4), 0)
+    cut, *whole = [float(w.max() / w.min()) for w in seen]
+    assert cut == pytest.approx(1) and min(whole) > 25
+
+
+def test_methods_that_lack_samples_are_left_out(llama, capsys):
+    bench = SimpleNamespace(model=llama, sizes=Sizes(tokens=2048, samples=200))
+    names = ("ours-1bit", "cq-4bit", "fp8", "ott-2bit", "kvquant-2bit")
+    fitting = [name for name in names if quality.fits(all_methods()[name], bench)]
+    assert fitting == ["fp8", "ott-2bit", "kvquant-2bit"]
+    assert "ours-1bit: left out, 200 samples are fewer than 256 centroids" in capsys.readouterr().out
+
+
 def arguments(script, *words: str) -> None:
     before, sys.argv = sys.argv, [script.__name__, *map(str, words)]
     try:
@@ -281,12 +312,20 @@ def test_quality_script(tmp_path, capsys, monkeypatch):
     rows = read_csv(tmp_path / "quality.csv")
     assert [r["method"] for r in rows if r["protocol"] == "FP"] == ["FP"]
     found = {(r["method"], r["protocol"]): r for r in rows}
-    assert {m for m, _ in found} == {"FP", "fp8", "kivi-2bit", "kvquant-1bit", "antkv-paper-1bit", "ours-1bit"}
+    codebooks = {"antkv-paper-1bit", "antkv-paper-1bit-sinks", "ours-1bit"}
+    assert {m for m, _ in found} == {"FP", "fp8", "kivi-2bit", "kvquant-1bit"} | codebooks
+    learned = {r["statistics"] for (m, _), r in found.items() if m in codebooks | {"kvquant-1bit"}}
+    assert len(learned) == 1 and learned.pop().endswith("-2rounds")
+    assert {found[m, "W0"]["statistics"] for m in ("fp8", "kivi-2bit")} == {""}
+    places = sorted(path.name for path in (tmp_path / "work" / "mix" / "learned").glob("antkv-paper-*[!k]"))
+    assert len(places) == 1, "with sinks it reads the same tables"
+    assert found["antkv-paper-1bit", "W0"]["perplexity"] != found["antkv-paper-1bit-sinks", "W0"]["perplexity"]
     for (method, protocol), row in found.items():
         assert float(row["ratio"]) == pytest.approx(
             float(row["perplexity"]) / float(found["FP", "FP"]["perplexity"]), 1e-4
         )
-        assert protocol == "FP" or (method, dict(W0="S128", S128="W0")[protocol]) in found
+        assert protocol == "FP" or {(method, "W0"), (method, "S128")} <= found.keys()
+        assert protocol == "FP" or ((method, "cache") in found) == (method in codebooks)
     assert float(found["fp8", "W0"]["bits"]) == pytest.approx(8, abs=0.1)
     assert 1 < float(found["antkv-paper-1bit", "W0"]["bits"]) < 1.5
     assert (
@@ -294,10 +333,10 @@ def test_quality_script(tmp_path, capsys, monkeypatch):
     )
     assert abs(float(found["kivi-2bit", "W0"]["ratio"]) - 1) > abs(float(found["fp8", "W0"]["ratio"]) - 1)
     table = (tmp_path / "quality.md").read_text(encoding="utf-8")
-    assert "| method | bits | with window | tables, MB | W0 | S128 |" in table and "| kivi-2bit | 3.5" in table
+    assert "| method | bits | with window | tables, MB | W0 | S128 | cache |" in table and "| kivi-2bit | 3.5" in table
 
     plots = {path.name for path in tmp_path.glob("*.png")}
-    assert plots == ({"quality-w0.png", "quality-s128.png"} if MATPLOTLIB else set())
+    assert plots == ({"quality-w0.png", "quality-s128.png", "quality-cache.png"} if MATPLOTLIB else set())
 
     monkeypatch.setattr(quality, "plot_quality", lambda rows, out: [])
     before = (tmp_path / "quality.csv").read_bytes()
@@ -305,6 +344,9 @@ def test_quality_script(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "quality.csv").read_bytes() == before, "a rerun measures nothing twice"
     arguments(quality, *options, "--methods", "kivi-*", "--shard", "1/2")
     assert (tmp_path / "quality.csv").read_bytes() == before, "kivi-2bit is the second of two"
+    arguments(quality, *options, "--methods", "kivi-*", "--protocols", "cache")
+    assert (tmp_path / "quality.csv").read_bytes() == before
+    assert "kivi-4bit: left out, it is measured by W0, S128 only" in capsys.readouterr().out
     arguments(quality, *options, "--methods", "turboquant-2bit", "--seed", "0", "1", "--protocols", "W0")
     seeds = {r["seed"]: r["perplexity"] for r in read_csv(tmp_path / "quality.csv") if r["method"] == "turboquant-2bit"}
     assert set(seeds) == {"0", "1"} and seeds["0"] != seeds["1"]
@@ -314,6 +356,7 @@ def test_ablations_script(tmp_path):
     options = ["--out", tmp_path, "--work-dir", tmp_path / "work", "--device", "cpu", "--tiny"]
     arguments(ablations, *options, "--parts", "window", "rope")
     rows = read_csv(tmp_path / "ablations.csv")
+    assert len({r["statistics"] for r in rows if r["protocol"] != "FP"}) == 1
     windows = {r["protocol"] for r in rows if r["part"] == "window"}
     assert windows == {"W0", "S32", "S128", "S256"} and sum(r["part"] == "window" for r in rows) == 8
     ratios = {r["group"]: float(r["ratio"]) for r in rows if r["part"] == "rope" and r["protocol"] == "W0"}
@@ -330,6 +373,39 @@ def test_ablations_script(tmp_path):
         assert text.count("| no anchors |") == 1 and ("![rope](ablations-rope.png)" in text) == MATPLOTLIB
 
 
+def domains(tokens: int, codebook=None) -> list:
+    """Variants where the mix has 128 windows of 2,048 tokens, of which 1,024 are sampled."""
+    bench = SimpleNamespace(sizes=Sizes(), statistics=lambda *given: SimpleNamespace(key="mix", given=given))
+    return Ablations(bench, codebook, {"wiki": "wiki.txt"}, tokens).all()
+
+
+def test_a_domain_gives_as_many_samples_as_the_mix():
+    mix, wiki = (variant for variant in domains(131072) if variant.part == "calibration-domain")
+    assert mix.learned_from().given == () and wiki.learned_from().given[:2] == ("domain-wiki", ("wiki.txt",))
+    sizes = wiki.learned_from().given[2]
+    assert (sizes.tokens, sizes.samples) == (131072, _sampled_positions(128, *Sizes()[1:3], 0)[:64].numel())
+    for tokens in (2047, 262144 + 2048):
+        with pytest.raises(ValueError, match=f"--domain-tokens {tokens} must be at least a window of 2048"):
+            domains(tokens)
+
+
+def test_a_given_codebook_belongs_to_no_statistics():
+    found = {variant.part: variant.learned_from for variant in domains(131072, codebook=object())}
+    assert [part for part, source in found.items() if source is None] == [
+        "scores",
+        "window",
+        "anchor-dtype",
+        "query-stride",
+    ]
+
+
+def test_order_of_columns():
+    names = ["wiki.valid", "64 tokens", "1,024 tokens", "n = 16", "0.5%"]
+    assert [row["x"] for row in sorted(({"x": name} for name in names), key=_order)] == [
+        "wiki.valid", "0.5%", "n = 16", "64 tokens", "1,024 tokens",
+    ]  # fmt: skip
+
+
 def test_every_part_has_its_place():
     page = (BENCHMARKS.parent / "docs" / "ablations.md").read_text(encoding="utf-8")
     assert [line[11:-4] for line in page.splitlines() if line.startswith("<!-- table:")] == list(ablations.PARTS)
@@ -340,11 +416,16 @@ def test_unusable_arguments(tmp_path):
     for words, message in (
         (["--methods", "kivy-*"], "no method is called so; there are fp8"),
         (["--shard", "4/4"], "write I/N with 0 <= I < N"),
+        (["--codebooks", *[f"{BENCHMARKS.parent}/codebooks/smollm2-135m-instruct-1bit"] * 2], "call one otherwise by"),
+        (["--methods", "fp8", "--text", "a=b", "--codebooks", "nowhere/to/be/found"], "nowhere"),
     ):
         with pytest.raises(SystemExit, match=message):
             arguments(quality, *tiny, *words)
     with pytest.raises(SystemExit, match="--model FOLDER is missing"):
         arguments(quality, "--out", tmp_path)
+    append_csv(tmp_path / "ablations.csv", {"part": "rope"})
+    with pytest.raises(SystemExit, match="No such file or directory: .*gone.md"):
+        arguments(ablations, "--out", tmp_path, "--write", tmp_path / "gone.md")
     with pytest.raises(SystemExit, match="must lie between 1 and 2047"):
         arguments(quality, "--out", tmp_path, "--model", "nowhere", "--last", "2048")
     path = tmp_path / "other.csv"

@@ -21,6 +21,7 @@ from answering import Answer, CacheKind, answer_in_batches, append_answers, cach
 from helpers import random_codebook
 from results import append_csv, read_csv, wilson
 from sandbox import run_program
+from tasks import Run
 from tiny_tasks import QUESTIONS, tiny_model, tiny_tasks, tiny_tokenizer
 
 from antkv_hf import AnTKVCache, AnTKVConfig
@@ -70,6 +71,9 @@ WHOLE = "def decode(s: str):\n    return s[::-1]\n"
         (f"```python\n{WHOLE}", True, False),  # cut off
         (f"{WHOLE}\n", True, False),  # no block at all
         ("```python\n    return s[::-1]\n```", True, False),  # only the body
+        ("1. So:\n   ```python\n       return s[::-1]\n   ```", True, False),
+        ("1. So:\n   ```python\n   def decode(s):\n       return s[::-1]\n   ```", True, True),
+        (f"```python\nfrom __future__ import annotations\nimport re\n\n{WHOLE}```", True, True),
         ("```python\ndef decode(s):\n    return s\n```", False, True),
         ("I cannot do that.", False, False),
         ("", False, False),
@@ -121,7 +125,14 @@ def test_canonical_solutions(antkv_data):
     "answer, value",
     [
         ("16 - 7 = 9, so she makes \\boxed{18} dollars. Per week: 126.", "18"),
-        ("Thus \\boxed{2} and then \\(\\boxed{\\$1,234.50}\\).", "1234.5"),
+        ("Thus \\(\\boxed{\\$1,234.50}\\) and then \\boxed{2}.", "1234.5"),
+        ("\\boxed{18\\text{ dollars}} a day for 7 days", "18"),
+        ("\\boxed{1{,}200}", "1200"),
+        ("It is \\(1\\,200\\)", "1200"),
+        ("\\boxed{\\text{cut off} 3", "3"),
+        ("10-4=6, i.e. 3-6", "6"),
+        ("It fell to -6", "-6"),
+        ("2.-5", "5"),
         ("It is \\boxed{50\\%}", "50"),
         ("#### 1,080", "1080"),
         ("The answer is $18.00. The next question has 3 parts.", "18"),
@@ -143,7 +154,10 @@ def test_gsm8k_prompts():
     assert "<<" not in prompt and "The answer is 36\n\nQuestion: Ann" in prompt and prompt.endswith("Answer:")
     assert base.score(base.problems[1], " 750\nThe answer is 750.00\n\nQuestion: What of 3?").correct
     assert not chat.score(chat.problems[0], "\\boxed{35}").correct
-    assert chat.finished(chat.problems[0], "\\boxed{36}") and not chat.finished(chat.problems[0], "\\boxed{3")
+    assert chat.finished(chat.problems[0], "\\boxed{36\\text{ m}}") and not chat.finished(
+        chat.problems[0], "\\boxed{x}"
+    )
+    assert chat.finished(chat.problems[0], "\\boxed{0}") and not chat.finished(chat.problems[0], "\\boxed{3")
 
 
 # -------------------------------------------------------------------- passkey
@@ -209,6 +223,7 @@ def test_memory_set_aside_gives_the_same_answers(model, tmp_path):
         del task.problems[2:]
         grown, fixed = (_texts(model, tokenizer, task, kind, 2, cuda_graphs=graphs) for graphs in (False, True))
         assert grown == fixed
+    assert cache_kind(f"mine={tmp_path / 'book'}", model.config).name == "mine"
     with pytest.raises(FileNotFoundError, match="no codebook 'bok'"):
         cache_kind("bok", model.config)
 
@@ -288,6 +303,31 @@ def test_shards(tmp_path):
     assert row["problems"] == "2" and row["batch"] == "1"
     with pytest.raises(SystemExit):
         tasks.main([*arguments, "--shard", "2/2"])
+
+
+def test_shards_that_end_together_write_one_row(tmp_path, monkeypatch):
+    """Both saw no row before they answered; the second finds it when it holds the lock."""
+    arguments = ["--tiny", "--out", str(tmp_path), "--caches", "fp", "--tasks", "gsm8k"]
+    tasks.main([*arguments, "--no-score"])
+    answers = Run.answers
+
+    def late(run):
+        found = answers(run)
+        monkeypatch.setattr(Run, "answers", answers)
+        tasks.main([*arguments, "--score-only"])
+        return found
+
+    monkeypatch.setattr(Run, "answers", late)
+    tasks.main([*arguments, "--score-only"])
+    assert len(read_csv(tmp_path / "tasks.csv")) == 1
+
+
+def test_what_cannot_be_run_is_said(tmp_path):
+    arguments = ["--tiny", "--out", str(tmp_path), "--tasks", "gsm8k"]
+    with pytest.raises(SystemExit, match="--caches: two are called fp"):
+        tasks.main([*arguments, "--caches", "fp", "fp"])
+    with pytest.raises(SystemExit, match="tasks.py: no codebook 'bok'"):
+        tasks.main([*arguments, "--caches", "bok"])
 
 
 def test_against_fp(tmp_path):

@@ -41,7 +41,7 @@ def panels(rows: Sequence[Row]) -> dict[tuple[tuple[str, ...], str], list[Row]]:
 
 def _order(row: Row) -> tuple[float, str]:
     """By the number in a column's name, so that several processes may have written in any order."""
-    number = re.search(r"[\d,.]+", row["x"])
+    number = re.search(r"\d[\d,]*(?:\.\d+)?", row["x"])
     return (float(number[0].replace(",", "")) if number else -1.0, row["x"])
 
 

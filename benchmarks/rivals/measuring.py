@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig
 from antkv_hf.evaluation import Protocol, ProtocolEvaluator, cache_losses, one_shot_losses, real_bits
 from antkv_hf.evaluation.baselines import quantized_cache
+from antkv_hf.evaluation.perplexity import fast_lane
 
 from .base import Rival
 from .tables import table_bytes
@@ -80,13 +81,18 @@ def measure(model: PreTrainedModel, subject: Subject, protocol: Protocol, text: 
         assert config is not None
         config = config.replace(backend="reference", window=protocol.window or config.window)
         book = subject.codebook
+        make = partial(AnTKVCache, model.config, config, book)
         known = (id(model), text.name, n, config, None if book is None else book.sha256)
         if known not in _REAL_BITS:
-            _REAL_BITS[known] = real_bits(model, first, partial(AnTKVCache, model.config, config, book))
+            _REAL_BITS[known] = real_bits(model, first, make)
         bits = _REAL_BITS[known]
-        evaluator = ProtocolEvaluator(model, protocol, config, subject.codebook, query_stride=subject.query_stride)
-        with evaluator.active():
-            losses = _losses(model, text, plain)
+        if protocol.one_shot:
+            evaluator = ProtocolEvaluator(model, protocol, config, book, query_stride=subject.query_stride)
+            with evaluator.active():
+                losses = _losses(model, text, plain)
+        else:
+            with fast_lane(model):
+                losses = _losses(model, text, lambda ids: cache_losses(model, ids, make(), text.last))
         if protocol.window == 0:
             bits = (bits[0], bits[0])
     return dict(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from results import locked
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -15,8 +16,10 @@ from antkv_hf.config import VQSpec
 from .kvquant import KVQuant
 from .measuring import Subject
 from .scalar import Fp8, Kivi, TurboQuant
-from .statistics import Statistics, locked, rotaries
-from .tables import ANTKV_ANCHORS, NO_ANCHORS, LearnRole, contiguous, learned, own
+from .statistics import Statistics, rotaries
+from .tables import ANTKV_ANCHORS, ANTKV_SINKS, NO_ANCHORS, LearnRole, contiguous, learned, own
+
+IN_A_CACHE = ("W0", "S128", "cache")  # what `AnTKVCache` holds is measured through one, too
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Method:
         protocols: those that it can be measured by.
         specs: vector codecs, whose sub-vectors must fit the model's heads.
         random: False for a method that no seed changes.
+        learns: whether its tables are learned from the statistics.
     """
 
     name: str
@@ -46,18 +50,25 @@ class Method:
     protocols: tuple[str, ...] = ("W0", "S128")
     specs: tuple[VQSpec, ...] = ()
     random: bool = False
+    learns: bool = False
 
 
-def _rival(name: str, family: str, make: Callable, random: bool = False) -> Method:
-    return Method(name, family, lambda setting: Subject(rival=make(setting)), random=random)
+def _rival(name: str, family: str, make: Callable, random: bool = False, learns: bool = False) -> Method:
+    return Method(name, family, lambda setting: Subject(rival=make(setting)), random=random, learns=learns)
 
 
-def _codebook(name: str, family: str, config: AnTKVConfig, learn: Callable[[Statistics], LearnRole]) -> Method:
+def _codebook(
+    name: str, family: str, config: AnTKVConfig, learn: Callable[[Statistics], LearnRole],
+    tables: tuple[str, AnTKVConfig] | None = None,
+) -> Method:  # fmt: skip
+    """A codebook learned from the statistics; `tables`: the name and config of the method whose tables it reads."""
+    of, learned_as = tables or (name, config)
+
     def build(setting: Setting) -> Subject:
         statistics = setting.statistics()
-        return Subject(config, learned(statistics, name, config, learn(statistics), setting.seed))
+        return Subject(config, learned(statistics, of, learned_as, learn(statistics), setting.seed))
 
-    return Method(name, family, build, specs=config.vq_specs(), random=True)
+    return Method(name, family, build, IN_A_CACHE, config.vq_specs(), random=True, learns=True)
 
 
 def _kvquant(bits: int) -> Callable[[Setting], KVQuant]:
@@ -66,7 +77,7 @@ def _kvquant(bits: int) -> Callable[[Setting], KVQuant]:
         rotary = rotaries(setting.model)
         folder = statistics.folder / "learned"
         folder.mkdir(exist_ok=True)
-        path = folder / f"kvquant-{bits}bit-seed{setting.seed}-{statistics.hash}.safetensors"
+        path = folder / f"kvquant-{bits}bit-seed{setting.seed}-{statistics.key}.safetensors"
         with locked(path.with_suffix(".lock")):
             if not path.exists():
                 save_file(KVQuant.learn(statistics, bits, rotary, setting.seed).tables, path.with_suffix(".part"))
@@ -86,24 +97,26 @@ def all_methods() -> dict[str, Method]:
         found.append(_rival(f"kivi-{bits}bit", "KIVI", lambda setting, bits=bits: Kivi(bits)))
     for bits in (4, 2):
         config = AnTKVConfig.preset(f"ott-{bits}bit")
-        found.append(Method(f"ott-{bits}bit", "OTT preset", lambda setting, config=config: Subject(config)))
+        found.append(Method(f"ott-{bits}bit", "OTT preset", lambda setting, config=config: Subject(config), IN_A_CACHE))
     for bits in (4, 3, 2):
         make = lambda setting, bits=bits: TurboQuant(bits, setting.seed)
         found.append(_rival(f"turboquant-{bits}bit", "TurboQuant-like", make, random=True))
-    for bits in (2, 1):
-        found.append(_rival(f"kvquant-{bits}bit", "KVQuant-like, 1%", _kvquant(bits), random=True))
+    for bits in (4, 3, 2, 1):
+        found.append(_rival(f"kvquant-{bits}bit", "KVQuant-like, 1%", _kvquant(bits), random=True, learns=True))
     for bits in (4, 2, 1):
         config = AnTKVConfig.preset(f"{bits}bit", anchors=NO_ANCHORS)
         for name, weights in (("cq", "one"), ("cq-fisher", "fisher")):
             family = "CQ" if weights == "one" else "CQ, Fisher"
-            found.append(
-                _codebook(f"{name}-{bits}bit", family, config, lambda s, weights=weights: contiguous(s, weights))
-            )
+            learn = lambda s, weights=weights: contiguous(s, weights, clip=False)
+            found.append(_codebook(f"{name}-{bits}bit", family, config, learn))
     published = {"key": "anchor_score", "value": "accumulated_attention"}
     for spec, bits in (("d8b8", "1"), ("d32b12", "0.375")):
         config = AnTKVConfig(VQSpec.parse(spec), VQSpec.parse(spec), anchors=ANTKV_ANCHORS)
-        learn = lambda s: contiguous(s, published)
-        found.append(_codebook(f"antkv-paper-{bits}bit", "AnTKV as published", config, learn))
+        learn = lambda s: contiguous(s, published, clip=False)
+        name = f"antkv-paper-{bits}bit"
+        found.append(_codebook(name, "AnTKV as published", config, learn))
+        sinks, family = config.replace(anchors=ANTKV_SINKS), "AnTKV as published, 4 sinks"
+        found.append(_codebook(f"{name}-sinks", family, sinks, learn, (name, config)))
     for bits in ("4", "2", "1", "0.5"):
         config = AnTKVConfig.preset(f"{bits}bit")
         found.append(_codebook(f"ours-{bits}bit", "ours, k-means", config, own))
@@ -115,4 +128,6 @@ def given_codebook(text: str) -> Method:
     name, equals, path = text.rpartition("=")
     book = AnTKVCodebook.from_pretrained(path)
     build = lambda setting: Subject(book.config, book)
-    return Method(name if equals else Path(path).name, "ours, codebooks given", build, specs=book.config.vq_specs())
+    return Method(
+        name if equals else Path(path).name, "ours, codebooks given", build, IN_A_CACHE, book.config.vq_specs()
+    )

@@ -41,12 +41,12 @@ def quality_markdown(rows: Sequence[Row]) -> str:
     for setting, here in grouped(rows).items():
         exact = next((row for row in here if row["protocol"] == "FP"), None)
         protocols = sorted({row["protocol"] for row in here} - {"FP"}, key=("W0", "S128", "cache").index)
-        methods: dict[tuple[str, str], dict[str, Row]] = {}
+        methods: dict[tuple[str, str, str], dict[str, Row]] = {}
         for row in here:
             if row["protocol"] != "FP":
-                methods.setdefault((row["method"], row["seed"]), {})[row["protocol"]] = row
+                methods.setdefault((row["method"], row["seed"], row.get("statistics", "")), {})[row["protocol"]] = row
         lines = []
-        for (name, seed), found in sorted(methods.items(), key=lambda item: _bits(item[1])):
+        for (name, seed, statistics), found in sorted(methods.items(), key=lambda item: _bits(item[1])):
             some = next(iter(found.values()))
             streaming = found.get("S128") or found.get("cache")
             with_window = "" if streaming is None else f"{float(streaming['bits_with_window']):.2f}"
@@ -55,6 +55,8 @@ def quality_markdown(rows: Sequence[Row]) -> str:
                 for p in protocols
             ]
             label = name if seed == "0" else f"{name}, seed {seed}"
+            if any(other[:2] == (name, seed) and other[2] != statistics for other in methods):
+                label += f", {statistics}"
             lines.append([label, f"{_bits(found):.2f}", with_window, f"{float(some['table_mb']):.1f}", *cells])
         plain = "" if exact is None else f"FP: {float(exact['perplexity']):.3f}.\n\n"
         table = markdown(["method", "bits", "with window", "tables, MB", *protocols], lines)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from results import locked
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -62,6 +61,7 @@ class Statistics:
         self.windows, self.layers = settings["tokens"] // settings["window"], settings["layers"]
         self._shards = WorkFolder(folder, settings, {"reader": "benchmarks"})
         self.hash = self._shards.hash
+        self.key = f"{self.hash}-{iterations}rounds"  # of all tables that are learned from them
 
     def read(self, names: tuple[str, ...], layer: int, windows: int | None = None) -> list[torch.Tensor]:
         """Fields of `LayerStatistics` of one layer, of the first `windows` windows; tokens along axis 1."""
@@ -125,11 +125,3 @@ class ColumnRecorder:
 def rotaries(model: PreTrainedModel) -> list:
     """RoPE of every layer of a model, None where there is none."""
     return model_rotary(model.config)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Inside, this process alone holds the lock of that name; others wait."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

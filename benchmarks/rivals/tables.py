@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+from results import locked
 
 from antkv_hf import AnTKVCodebook, AnTKVConfig
 from antkv_hf.calibration.kmeans import weighted_kmeans
@@ -15,11 +17,13 @@ from antkv_hf.calibration.work_folder import to_half
 from antkv_hf.codecs import VQTables
 from antkv_hf.config import AnchorConfig, VQSpec
 
-from .statistics import Statistics, locked, rotaries
+from .statistics import Statistics, rotaries
 
 NO_ANCHORS = AnchorConfig(score="none", fraction=0.0, sinks=0)
 # 1% of the tokens by AnS in float16, no token exact for its place (arXiv 2506.19505); the first ones score highest.
 ANTKV_ANCHORS = AnchorConfig(score="anchor_score", fraction=0.01, dtype="float16", sinks=0)
+# A choice within chunks of 128 keeps one of the first tokens, where the paper's choice among all tokens keeps them all.
+ANTKV_SINKS = replace(ANTKV_ANCHORS, sinks=4)
 # (layer, "key" or "value", spec, seed of k-means) -> tables
 LearnRole = Callable[[int, str, VQSpec, int], VQTables]
 
@@ -28,7 +32,7 @@ def learned(statistics: Statistics, name: str, config: AnTKVConfig, learn: Learn
     """Codebook of all layers, kept in the statistics' folder under `name` and learned once."""
     folder = statistics.folder / "learned"
     folder.mkdir(exist_ok=True)
-    place = folder / f"{name}-seed{seed}-{statistics.hash}"
+    place = folder / f"{name}-seed{seed}-{statistics.key}"
     with locked(folder / f"{name}-seed{seed}.lock"):
         if place.is_dir():
             return AnTKVCodebook.from_pretrained(place)
@@ -38,7 +42,7 @@ def learned(statistics: Statistics, name: str, config: AnTKVConfig, learn: Learn
             own_seed = statistics.sizes.seed + seed + 2000 * layer  # as `calibrate` spaces them
             tables[layer] = (learn(layer, "key", key, own_seed), learn(layer, "value", value, own_seed + 1000))
         book = AnTKVCodebook(config, tables, statistics.codebook.model, {"learned": name, "seed": seed})
-        part = place.with_suffix(".part")
+        part = place.with_name(place.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         book.save_pretrained(part)
         part.rename(place)
@@ -73,13 +77,13 @@ def own(
     return learn
 
 
-def contiguous(statistics: Statistics, weights: str | dict[str, str]) -> LearnRole:
+def contiguous(statistics: Statistics, weights: str | dict[str, str], clip: bool = True) -> LearnRole:
     """Product VQ of neighbouring channels by k-means in plain coordinates, keys before RoPE.
 
     Args:
         weights: of a token in k-means, or by role: ``one``; ``fisher``, the squared gradient by the sub-vector (CQ,
-            arXiv 2405.03917); ``anchor_score`` or ``accumulated_attention`` (AnTKV). Cut at the 99.9th percentile, as
-            ours.
+            arXiv 2405.03917); ``anchor_score`` or ``accumulated_attention`` (AnTKV).
+        clip: whether weights are cut at the 99.9th percentile, as ours are; the papers say nothing of that.
     """
 
     def learn(layer: int, role: str, spec: VQSpec, seed: int) -> VQTables:
@@ -94,7 +98,8 @@ def contiguous(statistics: Statistics, weights: str | dict[str, str]) -> LearnRo
             w = sub_vectors(gradients, groups).square().sum(-1)
         else:
             w = statistics.column_weights(kind, layer).repeat_interleave(groups, 0)
-        w = w.minimum(masked_quantile(w, torch.ones_like(w, dtype=torch.bool), CLIP).unsqueeze(-1))
+        if clip:
+            w = w.minimum(masked_quantile(w, torch.ones_like(w, dtype=torch.bool), CLIP).unsqueeze(-1))
         w = w / w.mean(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
         centroids = weighted_kmeans(parts, w, spec.centroids, statistics.sizes.iterations, seed)
         return plain_tables(to_half(centroids.unflatten(0, (heads, groups)).unsqueeze(2).cpu()), spec)

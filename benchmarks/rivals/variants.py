@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from antkv_hf import AnTKVCodebook, AnTKVConfig
@@ -16,6 +16,7 @@ from .tables import LearnRole, contiguous, learned, own
 
 CONFIG = AnTKVConfig.preset("1bit")
 BOTH = ("W0", "S128")
+PARTS_OF_BASE = ("scores", "window", "anchor-dtype", "query-stride")  # they learn no tables of their own
 PUBLISHED_WEIGHTS = {"key": "anchor_score", "value": "accumulated_attention"}
 
 
@@ -25,6 +26,7 @@ class Variant:
 
     Args:
         subject: makes what is measured, learning tables where it needs its own.
+        learned_from: the statistics of its tables; None for a codebook that was given.
     """
 
     part: str
@@ -32,6 +34,7 @@ class Variant:
     x: str
     subject: Callable[[], Subject]
     protocols: tuple[str, ...] = BOTH
+    learned_from: Callable[[], Statistics] | None = None
 
 
 class Ablations:
@@ -57,7 +60,11 @@ class Ablations:
             self.rope,
             self.stride,
         )
-        return [variant for part in parts for variant in part()]
+        return [self._with_source(variant) for part in parts for variant in part()]
+
+    def _with_source(self, variant: Variant) -> Variant:
+        given = self.given is not None and variant.part in PARTS_OF_BASE
+        return variant if given or variant.learned_from else replace(variant, learned_from=self.bench.statistics)
 
     # ------------------------------------------------------------ tables
     def base(self) -> AnTKVCodebook:
@@ -119,16 +126,23 @@ class Ablations:
         return self._learned(f"ours-1bit-{windows}windows", partial(own, windows=windows))
 
     def of_domains(self) -> Iterator[Variant]:
-        window = self.bench.sizes.window
-        windows = self.domain_tokens // window
         if not self.domains:
             return
+        sizes = self.bench.sizes
+        window, windows = sizes.window, self.domain_tokens // sizes.window
+        # Of each window as many samples as of the mix, whose first windows they are compared with.
+        samples = windows * sizes.samples // (sizes.tokens // window)
+        if not 0 < windows <= sizes.tokens // window or samples < CONFIG.vq_specs()[0].centroids:
+            raise ValueError(
+                f"--domain-tokens {self.domain_tokens} must be at least a window of {window}, hold "
+                f"{CONFIG.vq_specs()[0].centroids} samples and be no more than the {sizes.tokens} of the mix"
+            )
         yield Variant("calibration-domain", "calibrated on", "the mix", partial(self._of_windows, windows))
-        sizes = self.bench.sizes._replace(tokens=windows * window, samples=windows * window)
+        sizes = sizes._replace(tokens=windows * window, samples=samples)
         for name, source in self.domains.items():
             statistics = partial(self.bench.statistics, f"domain-{name}", (source,), sizes)
             subject = partial(self._learned, "ours-1bit", own, statistics=statistics)
-            yield Variant("calibration-domain", "calibrated on", name, subject)
+            yield Variant("calibration-domain", "calibrated on", name, subject, learned_from=statistics)
 
     def dtypes(self) -> Iterator[Variant]:
         for dtype in ("float16", "int8"):

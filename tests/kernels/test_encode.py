@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from antkv import encode
 from antkv.encode import encode_keys, encode_values
 from antkv.tables import Codes
 from builders import poison_empty, random_codec
@@ -136,6 +137,23 @@ def test_long_input(monkeypatch, key, value):
     """The large tiles, with several groups a program."""
     monkeypatch.setattr("antkv.encode.SMALL", 100)
     check(key, value, torch.float16, n=140, dim=40, batch=1, kv_heads=1)
+
+
+@pytest.mark.parametrize("dim, tile", ((128, 128), (256, 64)))
+def test_wide_values_have_small_tiles(monkeypatch, dim, tile):
+    """However many tokens: shared memory must hold the tile of values beside the centroids'."""
+    found, constants = [], encode._search_constants
+
+    def kept(*given):
+        found.append(constants(*given))
+        return found[-1]
+
+    monkeypatch.setattr(encode, "_search_constants", kept)
+    monkeypatch.setattr(encode, "SMALL", 1)
+    _, tables = layer_tables(random_codec("d8b8", "d8b8", 1, dim), torch.float16)
+    encode_values(torch.zeros(1, 1, 2, dim, dtype=torch.float16), tables)
+    ((chunk, of_search),) = found
+    assert of_search["BC"] == tile and chunk > 4
 
 
 def test_nan_and_nothing():

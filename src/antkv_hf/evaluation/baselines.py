@@ -49,12 +49,12 @@ def quantized_cache(name: str, model_config: PreTrainedConfig) -> Callable[[], C
 def cache_bits(cache: Cache) -> tuple[float, float]:
     """Bits an element of the quantized tokens, and of all tokens, in a filled `QuantizedCache`.
 
-    Scales and zero points count as stored: in the model's dtype, so a float32 model pays twice for them.
+    Scales and zero points count as float16, as in a 16-bit model; a float32 model stores them twice as wide.
     """
     quantized_bytes = quantized_elements = exact_bytes = exact_elements = 0
     for layer in cache.layers:
         held: Any = layer
-        quantized_bytes += tensor_bytes((held._quantized_keys, held._quantized_values))
+        quantized_bytes += tensor_bytes((held._quantized_keys, held._quantized_values), widest=2)
         exact_bytes += tensor_bytes((held.keys, held.values))
         exact_elements += held.keys.numel() + held.values.numel()
         for stored in (held._quantized_keys, held._quantized_values):
@@ -67,15 +67,20 @@ def cache_bits(cache: Cache) -> tuple[float, float]:
     return bits, 8 * (quantized_bytes + exact_bytes) / max(quantized_elements + exact_elements, 1)
 
 
-def tensor_bytes(held: Any) -> int:
-    """Bytes of all tensors in `held`: nested tuples and dicts, and tensor subclasses that wrap other tensors."""
+def tensor_bytes(held: Any, widest: int | None = None) -> int:
+    """Bytes of all tensors in `held`: nested tuples and dicts, and tensor subclasses that wrap other tensors.
+
+    Args:
+        widest: most bytes that an element of a floating-point tensor counts as; as it is stored by default.
+    """
     if isinstance(held, torch.Tensor):
         if type(held) is not torch.Tensor and hasattr(held, "__tensor_flatten__"):
             names, _ = held.__tensor_flatten__()
-            return sum(tensor_bytes(getattr(held, name)) for name in names)
-        return held.numel() * held.element_size()
+            return sum(tensor_bytes(getattr(held, name), widest) for name in names)
+        size = held.element_size()
+        return held.numel() * (size if widest is None or not held.is_floating_point() else min(size, widest))
     if isinstance(held, dict):
-        return sum(tensor_bytes(value) for value in held.values())
+        return sum(tensor_bytes(value, widest) for value in held.values())
     if isinstance(held, (tuple, list)):
-        return sum(tensor_bytes(value) for value in held)
+        return sum(tensor_bytes(value, widest) for value in held)
     return 0

@@ -147,7 +147,7 @@ def evaluate(
                 with ProtocolEvaluator(model, protocol, here, codebook).active():
                     measure(method, protocol.name, bits, plain)
             else:
-                with _fast_lane(model):
+                with fast_lane(model):
                     measure(method, protocol.name, bits, lambda x, make=make: cache_losses(model, x, make(), last))
         for name, fresh in makers.items():
             bits = real_bits(model, ids[:1], fresh)
@@ -204,7 +204,7 @@ def cache_losses(
 def real_bits(model: PreTrainedModel, ids: torch.Tensor, make: Callable[[], Cache]) -> tuple[float, float]:
     """Bits an element of coded tokens, and of all tokens, in a real cache filled with `ids` in 128-token chunks."""
     cache = make()
-    with _fast_lane(model) if isinstance(cache, AnTKVCache) else contextlib.nullcontext():
+    with fast_lane(model) if isinstance(cache, AnTKVCache) else contextlib.nullcontext():
         cache_losses(model, ids.to(model.device), cache, last=1)
     if isinstance(cache, AnTKVCache):
         footprint = cache.memory_footprint()
@@ -222,7 +222,7 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor, rows: int = 512) -> tor
 
 
 @contextlib.contextmanager
-def _fast_lane(model: PreTrainedModel) -> Iterator[None]:
+def fast_lane(model: PreTrainedModel) -> Iterator[None]:
     """The attention implementation "antkv" for a while: it serves every family that AnTKVCache accepts."""
     before = model.config._attn_implementation
     model.set_attn_implementation(interface.NAME)

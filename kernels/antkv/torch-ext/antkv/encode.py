@@ -31,8 +31,9 @@ SMALL = 16384  # token-heads below which programs are made small: a decode step'
 def _best_of_tile(score, PRECISION: tl.constexpr):
     """Largest of each row of `score` [BT, BC] and its column; NaN and 0 for a row of NaN.
 
-    Of equal scores the first wins. With TF32 a column takes the place of the lowest bits of its score, so that one
-    maximum finds both: of 24 bits 16 are left (BC = 256), where rounding the factors has left 11.
+    Of equal scores the first wins, but with TF32: there a column takes the place of the lowest log2(BC) bits of its
+    score, so that one maximum finds both, and scores that agree in all but those bits count as equal and any of them
+    may win. Of 24 bits at least 17 are left (BC <= 128), where rounding the factors has left 11.
     """
     size: tl.constexpr = score.shape[1]
     column = tl.arange(0, size)[None, :]
@@ -264,13 +265,13 @@ def encode_keys(
         _check_table(name, getattr(tables, name), dtype, shape)
     _check_table("offset", offset, torch.int64, (batch,))
     codes = torch.empty(batch, kv_heads, n, tables.codes.width, dtype=torch.uint8, device=keys.device)
-    chunk, constants = _search_constants(tables.codes, keys)
+    small = batch * kv_heads * n <= SMALL or keys.dtype == torch.float32
+    chunk, constants = _search_constants(tables.codes, keys, small)
     chunks = triton.cdiv(tables.codes.groups, chunk)
     error = torch.empty(chunks, batch, kv_heads, n, dtype=torch.float32, device=keys.device)
     if n == 0:
         return codes, error[0]
-    small = batch * kv_heads * n <= SMALL
-    block, warps = (32, 4) if small or keys.dtype == torch.float32 else TILE[:2]
+    block, warps = (32, 4) if small else TILE[:2]
     encode_keys_kernel[(triton.cdiv(n, block), chunks, batch * kv_heads)](
         keys, offset, tables.centroids, tables.encode_centroids, tables.encode_bias, tables.mean, tables.channels,
         tables.frequency, tables.pair_scale, codes, error, *keys.stride()[:3], kv_heads, n, positions_start,
@@ -302,10 +303,10 @@ def encode_values(values: torch.Tensor, tables: ValueTables) -> tuple[torch.Tens
     error = torch.empty(batch, kv_heads, n, dtype=torch.float32, device=values.device)
     if n == 0:
         return codes, error
-    chunk, constants = _search_constants(tables.codes, values)
     padded = head_block(dim)
     # The tile of values stays in float32 for all groups, and has to leave room on cards with 64 KB of shared memory.
     small = batch * kv_heads * n <= SMALL or padded > 128 or values.dtype == torch.float32
+    chunk, constants = _search_constants(tables.codes, values, small)
     block, warps = (32, 4) if small else TILE[:2]
     grid = triton.cdiv(n, block), triton.cdiv(tables.codes.groups, chunk), batch * kv_heads
     encode_values_kernel[grid](
@@ -321,13 +322,13 @@ def encode_values(values: torch.Tensor, tables: ValueTables) -> tuple[torch.Tens
     return codes, error
 
 
-def _search_constants(codes: Codes, x: torch.Tensor) -> tuple[int, dict]:
-    """Groups of a program, and the constants of a search kernel.
+def _search_constants(codes: Codes, x: torch.Tensor, small: bool) -> tuple[int, dict]:
+    """Groups of a program, and the constants of a search kernel; `small`: its tile of tokens is.
 
     Groups come by a multiple of 4, so that the codes of a program fill whole bytes whatever their bits.
     """
-    small = x.shape[0] * x.shape[1] * x.shape[2] <= SMALL
-    chunk = 4 if small else max(4, SLOTS // triton.next_power_of_2(codes.stages))
+    few = x.shape[0] * x.shape[1] * x.shape[2] <= SMALL
+    chunk = 4 if few else max(4, SLOTS // triton.next_power_of_2(codes.stages))
     chunk = min(chunk, max(4, triton.next_power_of_2(codes.groups)))
     exact = x.dtype == torch.float32 or torch.version.hip is not None  # TF32 keeps float16's bits and float32's range
     return chunk, dict(
