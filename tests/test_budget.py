@@ -161,10 +161,15 @@ def test_command(tmp_path):
     model.config.save_pretrained(tmp_path)
     arguments = ("budget", tmp_path, "--tokens", 4096, "--bytes", "2MB", "--among", "4bit", "--among", "1bit")
     text = antkv(*arguments).stdout
-    assert "4 bits" in text and "tokens fit" in text and text.endswith("take 4bit\n")
+    assert "4 code bits" in text and "tokens fit" in text and text.endswith("take 4bit\n")
     found = json.loads(antkv(*arguments, "--json", "--dtype", "float16").stdout)
     taken = cache_bytes(model.config, AnTKVConfig.preset("1bit"), 4096, dtype=torch.float16)
     assert found["choice"] == "4bit" and found["choices"][1]["footprint"]["codes"] <= taken.codes
     assert "do not fit into 1,000 bytes: 1bit" in error_of(*arguments[:4], "--bytes", "1kB", *arguments[6:])
-    assert "give a number of tokens, or of bytes" in error_of("budget", tmp_path)
+    assert "give --tokens N, --bytes SIZE such as 2GB, or both" in error_of("budget", tmp_path)
+    assert "0 tokens fit: one takes" in antkv("budget", tmp_path, "--bytes", "10", "--among", "1bit").stdout
+    for command in (("budget", "--tokens", "5"), ("inspect", "--model"), ("generate",)):
+        extra = ("ott-2bit", "--prompt", "x") if command == ("generate",) else ()
+        assert f"there is no model folder '{tmp_path}/none'" in error_of(*command, f"{tmp_path}/none", *extra)
+    assert "'ott-2bit' is a preset that needs no codebook" in error_of("inspect", "ott-2bit")
     assert "--dtype 'int8' is unknown" in error_of(*arguments, "--dtype", "int8")

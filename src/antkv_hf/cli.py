@@ -26,6 +26,7 @@ from .cli_common import (
     _Bar,
     _changed,
     _check_from,
+    _check_model_folder,
     _codebook_place,
     _codec,
     _load_model,
@@ -366,6 +367,8 @@ def inspect(
 
     if codebook is None and model is None:
         raise ValueError("give a CODEBOOK, or --model MODEL")
+    if model is not None:
+        _check_model_folder(model)
     if codebook is not None and Path(codebook).is_file():
         held = inspect_cache(codebook)
         typer.echo(json.dumps(held, indent=2) if as_json else format_cache(held))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import AsJson, Model, _dtype, _quiet
+from .cli_common import AsJson, Model, _check_model_folder, _dtype, _quiet
 
 
 def budget(
@@ -39,10 +39,13 @@ def budget(
     Example: antkv budget meta-llama/Llama-3.1-8B --tokens 131072 --bytes 2GB --among 2bit --among 1bit
     """
     _quiet()
-    from .cache.budget import choices, fit
+    from .cache.budget import choices, fit, most_bytes
     from .evaluation.inspection import model_config
 
+    if tokens is None and size is None:
+        raise ValueError("give --tokens N, --bytes SIZE such as 2GB, or both")
     kind = _dtype(dtype)
+    _check_model_folder(model)
     config = model_config(model)
     found = choices(config, tokens, size, batch, among, kind)
     best = None if tokens is None or size is None else fit(config, tokens, size, batch, among, kind)
@@ -52,12 +55,17 @@ def budget(
         return
     width = max(len(choice.name) for choice in found)
     for choice in found:
-        parts = [f"{choice.bits:g} bits".rjust(9)]
+        parts = [f"{choice.bits:g} code bits".rjust(14)]
         if choice.footprint is not None:
             taken = choice.footprint
             parts.append(f"{taken.total:>16,} bytes, {taken.compression:.1f}x smaller than DynamicCache")
         if choice.tokens is not None:
-            parts.append(f"{choice.tokens:>12,} tokens fit")
+            one = (
+                ""
+                if choice.tokens
+                else f": one takes {most_bytes(config, choice.config, 1, batch, kind).total:,} bytes"
+            )
+            parts.append(f"{choice.tokens:>12,} tokens fit{one}")
         typer.echo(f"{choice.name:<{width}}  " + "  ".join(parts))
     if best is not None:
         typer.echo(f"take {best.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -78,6 +79,13 @@ def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None,
     return None, config.with_layer_bits(layers[-1].partition("=")[2], group) if layers else config
 
 
+def _check_model_folder(name: str) -> None:
+    """Raises FileNotFoundError for a path that is none, which transformers would take for a badly written Hub id."""
+    place = Path(name).expanduser()
+    if (place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1) and not place.exists():
+        raise FileNotFoundError(f"there is no model folder {name!r}: give a folder, or a Hub id such as owner/name")
+
+
 def _load_model(name: str, device: str, dtype: str):
     """Model in evaluation mode and tokenizer; `name` is a folder, a Hub id or the word smollm2."""
     import torch
@@ -94,6 +102,7 @@ def _load_model(name: str, device: str, dtype: str):
         model, tokenizer, place = load_demo_model()
         _say(f"model: {place}")
         return model.to(where, dtype=torch.bfloat16 if kind == "auto" else kind), tokenizer
+    _check_model_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     return AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval().to(where), tokenizer
 

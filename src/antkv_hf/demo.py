@@ -21,6 +21,7 @@ from .cache.cache import AnTKVCache
 from .cache.footprint import MemoryFootprint
 from .cache.layer import AnTKVLayer
 from .codebook import AnTKVCodebook, shipped_codebooks
+from .config import OTT
 from .demo_model import load_demo_model
 from .demo_text import HANDBOOK, QUESTIONS
 from .evaluation.baselines import tensor_bytes
@@ -43,6 +44,10 @@ def find_codebook(name: str = CODEBOOK) -> str:
     shipped = shipped_codebooks()
     if name in shipped:
         return str(shipped[name])
+    if name.startswith(OTT):
+        raise FileNotFoundError(
+            f"{name!r} is a preset that needs no codebook: AnTKVConfig.preset({name!r}) describes it"
+        )
     raise FileNotFoundError(
         f"no codebook {name!r}: it is no folder, no Hub repo id (owner/name) and not shipped "
         f"({', '.join(shipped) or 'none are'}); make one with `antkv calibrate`"
