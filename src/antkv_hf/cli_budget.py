@@ -39,7 +39,7 @@ def budget(
     Example: antkv budget meta-llama/Llama-3.1-8B --tokens 131072 --bytes 2GB --among 2bit --among 1bit
     """
     _quiet()
-    from .cache.budget import choices, fit, most_bytes
+    from .cache.budget import best_of, choices, most_bytes
     from .evaluation.inspection import model_config
 
     if tokens is None and size is None:
@@ -48,7 +48,7 @@ def budget(
     _check_model_folder(model)
     config = model_config(model)
     found = choices(config, tokens, size, batch, among, kind)
-    best = None if tokens is None or size is None else fit(config, tokens, size, batch, among, kind)
+    best = None if tokens is None or size is None else best_of(found, config, tokens, size, batch, kind)
     if as_json:
         chosen = None if best is None else best.name
         typer.echo(json.dumps({"choice": chosen, "choices": [choice.to_dict() for choice in found]}, indent=2))

@@ -50,8 +50,9 @@ def attend(
             f"query of shape {tuple(query.shape)} does not fit a cache of batch {batch}, {kv_heads} kv heads "
             f"and head size {past.tail_keys.shape[3]}"
         )
-    if past.static is not None and past.static.planned is not None:
-        mask = None  # of a captured step, where older transformers make one: one token sees all, padding is in `offset`
+    captured = past.static is not None and past.static.planned is not None
+    if captured:
+        mask = None  # older transformers make one while capturing: one token sees all, and padding is in `offset`
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         if mask.shape[-1] != past.length:
@@ -60,7 +61,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # sums and scores stay in float32
         step = _is_step(past, query, backend, observer)
-        if past.static is not None and past.static.planned is not None and not step:
+        if captured and not step:
             raise ValueError(
                 f"a captured step was asked {q_len} query tokens of {query.shape[1]} heads, and answers one"
             )
