@@ -30,7 +30,16 @@ def random_tables(
     return VQTables(centroids, mean, permutation=order.to(torch.int16), metric_root=root)
 
 
-def pair_tables(spec: VQSpec, kv_heads: int, head_dim: int, rotary: Rotary | None, seed: int = 0) -> VQTables:
+def random_noise(spec: VQSpec, kv_heads: int, head_dim: int, seed: int = 0) -> torch.Tensor:
+    """Covariances of what keys' codes lose, of a size that moves attention."""
+    d = spec.sub_dim
+    root = torch.randn(kv_heads, spec.groups(head_dim), d, d, generator=torch.Generator().manual_seed(seed))
+    return 2 * root @ root.mT / d
+
+
+def pair_tables(
+    spec: VQSpec, kv_heads: int, head_dim: int, rotary: Rotary | None, seed: int = 0, noise: bool = True
+) -> VQTables:
     """Random tables of keys whose permutation keeps RoPE pairs together."""
     tables = random_tables(spec, kv_heads, head_dim, dense=False, seed=seed)
     pairs = torch.arange(head_dim).view(-1, 2) if rotary is None else rotary.channel_pairs(head_dim)
@@ -39,7 +48,10 @@ def pair_tables(spec: VQSpec, kv_heads: int, head_dim: int, rotary: Rotary | Non
         torch.diag_embed(0.1 + torch.rand(kv_heads, head_dim, generator=g, dtype=torch.float64)) for _ in range(2)
     )
     order = pair_permutation(covariance, metric, pairs, spec.groups(head_dim))
-    return VQTables(tables.centroids, tables.mean, permutation=order.to(torch.int16), metric_root=tables.metric_root)
+    lost = random_noise(spec, kv_heads, head_dim, seed) if noise else None
+    return VQTables(
+        tables.centroids, tables.mean, permutation=order.to(torch.int16), metric_root=tables.metric_root, noise=lost
+    )
 
 
 def random_codebook(model, config: AnTKVConfig, seed: int = 0, rotary: Rotary | None = None) -> AnTKVCodebook:

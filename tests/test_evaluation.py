@@ -127,13 +127,10 @@ def int8_keys(codec, keys, positions):
 
 @pytest.mark.parametrize("window", (0, WINDOW, 5))
 @pytest.mark.parametrize("n", (1, 29, 64))
-def test_equals_naive(llama, book, monkeypatch, window, n):
-    from antkv_hf.evaluation import protocols
-
-    monkeypatch.setattr(protocols, "ROWS", 13)  # several blocks of queries
+def test_equals_naive(llama, book, window, n):
     config, scale = small_config(window=window or WINDOW), 0.3
     codec, (q, k, v) = layer_codec(llama, book, config), random_qkv(n)
-    read_k, read_v = read_back(codec, config, window, q, k, v, scale, None, None)
+    read_k, read_v, *_ = read_back(codec, config, window, q, k, v, scale, None, None)
     out = windowed_attention(q, k, v, read_k, read_v, window, scale)
     torch.testing.assert_close(out, naive(codec, config, window, q, k, v, scale), atol=2e-5, rtol=1e-4)
 

@@ -1,7 +1,7 @@
 """`AnTKVCodebook`: the immutable tables of one model, as a folder or Hub repo.
 
 A codebook is ``config.json`` (format, model, specs, hash) and ``codebooks.safetensors`` (tensors named
-``layers.<i>.<key|value>.<centroids|mean|permutation|metric_root|synthesis>``) with a generated card ``README.md``.
+``layers.<i>.<key|value>.<centroids|mean|permutation|metric_root|synthesis|noise>``), with a generated card.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from .hub_files import download
 from .rotary import Rotary
 from .tensor_parallel import head_shard
 
-FORMAT_VERSION = 2
-# 1: all layers have the specs of the config. 2: layer_specs, only written where there are any.
-_READS = (1, 2)
+# 1: all layers have the specs of the config. 2: there are layer_specs. 3: keys' tables have noise.
+_READS = (1, 2, 3)
 # fields of a config that say where a model came from, not what it is
 _NOT_THE_MODEL = (
     "_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures",
@@ -73,6 +72,8 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                     part.check(spec, model["kv_heads"], dim)
                 except ValueError as error:
                     raise ValueError(f"layer {layer}, {role} tables: {error}") from error
+            if value.noise is not None:
+                raise ValueError(f"layer {layer}, value tables: noise is of keys alone, whose logits it corrects")
         self.config, self.tables, self.model = config, tables, model
         self.calibration, self.evaluation = calibration or {}, evaluation or []
         self.source: dict[str, str | None] | None = None  # name or path, and revision, of one that was loaded
@@ -165,10 +166,15 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             for name, tensor in tables.tensors().items()
         }
 
+    def _format_version(self) -> int:
+        if any(key.noise is not None for key, _ in self.tables.values()):
+            return 3
+        return 2 if self.config.layer_specs else 1
+
     def _save_pretrained(self, save_directory: Path) -> None:
         save_file(self._tensors(), save_directory / TABLES_FILE, metadata={"format": "pt"})
         data = {
-            "format_version": FORMAT_VERSION if self.config.layer_specs else 1,
+            "format_version": self._format_version(),
             "model": self.model,
             "antkv": self.config.to_dict(),
             "layers": sorted(self.tables),
@@ -291,7 +297,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         if version not in _READS:
             raise ValueError(
                 f"{config_path}: format_version {version} is not known (this antkv-hf reads "
-                f"{' and '.join(map(str, _READS))}); upgrade antkv-hf or calibrate again"
+                f"{_READS[0]} to {_READS[-1]}); upgrade antkv-hf or calibrate again"
             )
         if unknown := sorted(set(data) - _CONFIG_FIELDS):
             raise ValueError(f"{config_path}: unknown field {unknown[0]!r}; the file was changed: download it again")

@@ -28,12 +28,12 @@ def rotary_of(kind: str, head_dim: int) -> Rotary | None:
 
 def random_codec(
     key: str, value: str, kv_heads: int, head_dim: int, value_dim: int | None = None, rope: str = "half",
-    device: torch.device | str = "cpu", seed: int = 0,
+    device: torch.device | str = "cpu", seed: int = 0, noise: bool = True,
 ) -> LayerCodec:  # fmt: skip
     """Random codecs of one layer; centroids are float16 numbers, so that float16 tables lose nothing."""
     rotary = rotary_of(rope, head_dim)
     key_spec, value_spec = VQSpec.parse(key), VQSpec.parse(value)
-    key_tables = pair_tables(key_spec, kv_heads, head_dim, rotary, seed)
+    key_tables = pair_tables(key_spec, kv_heads, head_dim, rotary, seed, noise)
     value_tables = random_tables(value_spec, kv_heads, value_dim or head_dim, dense=True, seed=seed + 1)
     codecs = []
     for spec, tables in ((key_spec, key_tables), (value_spec, value_tables)):

@@ -80,7 +80,7 @@ def test_emulated_block_equals_the_reference(case, emulated):
     library.counters(ctypes.byref(least), ctypes.byref(wavefronts))
     assert least.value == wavefronts.value > 0  # no gather meets a bank conflict
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:3])
-    merge_splits(partial, state, past.value_tables, None, out, lse)
+    merge_splits(partial, state, past.value_tables, None, out, lse, query, past.key_tables, options["scale"])
     assert_near(out, expected, 2e-3)
     assert_near(lse, expected_lse, 2e-3)
 
@@ -99,7 +99,7 @@ def test_sinks_alone_in_bfloat16(emulated):
     )  # fmt: skip
     emulated(shape).run(ctypes.byref(arguments))
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:3])
-    merge_splits(partial, state, past.value_tables, None, out, lse)
+    merge_splits(partial, state, past.value_tables, None, out, lse, query, past.key_tables, 0.125)
     assert_near(out, expected.flatten(1, 2), 2e-3)
 
 
@@ -132,7 +132,7 @@ def test_lengths_on_the_device_and_hidden_padding(emulated):
     )  # fmt: skip
     emulated(shape).run(ctypes.byref(arguments))
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:3])
-    merge_splits(partial, state, past.value_tables, None, out, lse)
+    merge_splits(partial, state, past.value_tables, None, out, lse, query, past.key_tables, case[2] ** -0.5)
     assert_near(out, expected.flatten(1, 2), 2e-3)
 
 

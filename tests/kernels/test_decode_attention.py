@@ -18,10 +18,10 @@ CPU, CUDA = "cpu", "cuda"
 
 def check(
     device, dtype, key="d8b8", value="d8b8", dim=32, value_dim=None, rope="half", batch=2, heads=2, coded=160, tail=40,
-    q_len=1, group=3, mask=None, softcap=None, sink=None, is_causal=True, **filled,
+    q_len=1, group=3, mask=None, softcap=None, sink=None, is_causal=True, noise=True, **filled,
 ):  # fmt: skip
     """`decode_attention` of the last `q_len` tokens equals the reference."""
-    codec = random_codec(key, value, heads, dim, value_dim, rope, device)
+    codec = random_codec(key, value, heads, dim, value_dim, rope, device, noise=noise)
     snapshot = random_snapshot(codec, batch, coded, tail, dtype, **filled)
     g = torch.Generator().manual_seed(coded + q_len)
     query = torch.randn(batch, q_len, heads * group, dim, generator=g).to(device, dtype).transpose(1, 2)
@@ -57,6 +57,11 @@ def test_specs(spec, dtype):
 @pytest.mark.parametrize("anchors", ["int8", "float16"])
 def test_rope_and_anchors(rope, anchors):
     check(CPU, torch.float32, rope=rope, anchor_dtype=anchors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tables_without_noise(dtype):
+    check(CPU, dtype, noise=False)
 
 
 @pytest.mark.parametrize("plan", [Plan(3, lanes=2), Plan(3, pitch=6)])

@@ -6,6 +6,7 @@ from antkv import prefill
 from antkv.prefill import merge_, prefill_attention
 from builders import assert_near, poison_empty, quantized_past, random_codec, random_snapshot
 
+from antkv_hf.attention.triton_backend import code_bias
 from antkv_hf.reference.attention import Visibility, attention
 
 # Output relative to its largest value; LSE absolute. 16-bit keys and values are rounded once more than the codes are.
@@ -15,10 +16,10 @@ CPU, CUDA = "cpu", "cuda"
 
 def check(
     device, dtype, key="d8b8", value="d8b8", dim=32, value_dim=None, rope="half", coded=96, tail=30, q_len=19,
-    group=2, batch=1, mask=None, softcap=None, sink=None, is_causal=True, segment=64, **filled,
+    group=2, batch=1, mask=None, softcap=None, sink=None, is_causal=True, segment=64, noise=True, **filled,
 ):  # fmt: skip
     """`prefill_attention` of the last `q_len` tokens equals the reference."""
-    codec = random_codec(key, value, 2, dim, value_dim, rope, device)
+    codec = random_codec(key, value, 2, dim, value_dim, rope, device, noise=noise)
     snapshot = random_snapshot(codec, batch, coded, tail, dtype, **filled)
     g = torch.Generator().manual_seed(7)
     query = torch.randn(batch, q_len, 2 * group, dim, generator=g).to(device, dtype).transpose(1, 2)
@@ -28,6 +29,7 @@ def check(
     out, lse = prefill_attention(
         query, quantized_past(snapshot), snapshot.tail_keys, snapshot.tail_values, scale=scale, mask=mask,
         is_causal=is_causal, softcap=softcap, sink_logit=sink, segment=segment,
+        code_bias=code_bias(snapshot, query, scale),
     )  # fmt: skip
     assert out.dtype == dtype and lse.dtype == torch.float32
     tolerance, lse_tolerance = TOLERANCE[dtype]
@@ -61,6 +63,12 @@ def test_specs(spec, dtype):
 @pytest.mark.parametrize("anchors", ["int8", "float16"])
 def test_rope_and_anchors(rope, anchors):
     check(CPU, torch.float32, rope=rope, anchor_dtype=anchors, q_len=7, group=1, segment=1000)
+
+
+@pytest.mark.parametrize("sinks, fraction", [(0, 0.0), (4, 0.0), (3, 0.3)])
+@pytest.mark.parametrize("noise", [False, True])
+def test_exact_sets(sinks, fraction, noise):
+    check(CPU, torch.float32, sinks=sinks, fraction=fraction, noise=noise, q_len=7)
 
 
 @pytest.mark.parametrize("dim, value_dim", [(64, 64), (80, 80), (64, 32)])

@@ -88,7 +88,14 @@ def _key_tables(key: VectorQuantizer, codec: LayerCodec, dtype: torch.dtype) -> 
         turns=_turns(frequency, pair_scale).to(dtype).contiguous(),
         encode_centroids=sorted_channels(whitened @ root),
         encode_bias=_unflat(-0.5 * whitened.square().sum(-1), heads, codes.groups),
+        noise=None if key.noise is None else _sorted_noise(key.noise, inside),
     )
+
+
+def _sorted_noise(noise: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Covariances ``(heads, groups, d, d)`` with rows and columns in the order of `inside`."""
+    order = inside[:, :, 0]  # (heads, groups, 1, d)
+    return noise.gather(2, order.mT.expand_as(noise)).gather(3, order.expand_as(noise)).contiguous()
 
 
 def channel_pairs(codec: LayerCodec, head_dim: int, device: torch.device, dtype: torch.dtype) -> ChannelPairs:

@@ -8,11 +8,12 @@ from antkv.decode_attention import decode_attention
 from antkv.decode_plan import MIN_ROWS
 from antkv.encode import encode_keys, encode_values
 from antkv.past import ExactTokens, QuantizedPast
-from antkv.prefill import prefill_attention
+from antkv.prefill import CodeBias, prefill_attention
 from antkv.static_step import add_column_statistic, add_query_moment, append_token
 
 from ..codecs import LayerCodec
 from ..reference import scores
+from ..reference.attention import grouped
 from ..storage import Snapshot
 from .backends import CALLS, Encoded
 from .reference_backend import REFERENCE
@@ -53,7 +54,10 @@ class TritonBackend:
                 out, lse = self.decode_attention(query, quantized, *tail, **options)
             else:
                 CALLS["triton.prefill_attention"] += 1
-                out, lse = prefill_attention(query, quantized, past.tail_keys, past.tail_values, **options)
+                bias = code_bias(past, query, scale)
+                out, lse = prefill_attention(
+                    query, quantized, past.tail_keys, past.tail_values, code_bias=bias, **options
+                )
         return out.unflatten(1, (kv_heads, -1)), lse.unflatten(1, (kv_heads, -1))
 
     def decode_attention(self, query, past: QuantizedPast, tail_keys, tail_values, **options):
@@ -143,6 +147,20 @@ class TritonBackend:
         return QuantizedPast(
             past.key_codes, past.value_codes, self.key_tables, self.value_tables, exact, past.exact_bits, past.offset
         )
+
+
+def code_bias(past: Snapshot, query: torch.Tensor, scale: float) -> CodeBias | None:
+    """The bias of the past's coded tokens, with the exact ones, which it does not concern."""
+    kv_heads = past.tail_keys.shape[1]
+    bias = past.codec.code_bias(grouped(query, kv_heads), scale) if past.coded_length else None
+    if bias is None:
+        return None
+    read = [tokens.read(past.codec, past.offset, past.key_center) for tokens in past.exact_tokens]
+    empty = past.tail_keys[:, :, :0], past.tail_values[:, :, :0]
+    keys, values = (torch.cat([x.to(query.dtype) for x in parts], 2) for parts in zip(*read, empty))
+    positions = [tokens.positions for tokens in past.exact_tokens]
+    none = torch.empty(*keys.shape[:2], 0, dtype=torch.int32, device=keys.device)
+    return CodeBias(bias.flatten(1, 2), keys, values, torch.cat([*positions, none], 2))
 
 
 def decodes(query: torch.Tensor, kv_heads: int) -> bool:

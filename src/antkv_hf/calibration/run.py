@@ -24,6 +24,7 @@ from ..rotary import Rotary
 from ..texts import TextMix, mix_windows
 from .checks import check_model, check_sizes, layers_to_learn, weights_digest
 from .intercept import frozen_for_statistics
+from .noise import WINDOWS, with_noise
 from .processes import Processes
 from .sensitivity import ROLES, Mixed, check_spread, measured, search
 from .statistics import LayerStatistics, window_statistics
@@ -69,7 +70,9 @@ def calibrate(
 ) -> AnTKVCodebook:
     """Learns a codebook: tables of every full-attention layer, fitted to the model's own keys, values and gradients.
 
-    One forward and backward pass over `tokens` of text, then weighted k-means layer by layer, on the model's device.
+    One forward and backward pass over `tokens` of text, then weighted k-means layer by layer, on the model's device; in
+    the end a forward pass over a few windows measures what the codes of keys lose (`with_noise`), if windows are longer
+    than the exact window of `config`.
 
     Several processes (`accelerate launch` or `torchrun`, each with the whole model on a device of its own) share the
     windows, then the layers, through `work_dir`. Nothing is added up across them, so their number changes no table; the
@@ -153,9 +156,12 @@ def calibrate(
                     model, mixed, config, described, rotary, windows, folder, progress, processes
                 )
         tables, errors = _tables(config, rotary, folder)
-        if mixed is not None and sensitivity is not None:
-            with frozen_for_statistics(model):
-                book = AnTKVCodebook(config, tables, described)
+        with frozen_for_statistics(model):
+            book = AnTKVCodebook(config, tables, described)
+            if window > config.window:
+                spread = torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()
+                book = with_noise(model, book, windows[spread])
+            if mixed is not None and sensitivity is not None:
                 sensitivity["measured"] = measured(model, mixed, book, windows, folder)
         processes.wait()  # until all have read the tables
     made = {
@@ -175,7 +181,7 @@ def calibrate(
         made["license"] = license
     if (commit := getattr(model.config, "_commit_hash", None)) is not None:
         made["model_revision"] = commit
-    return AnTKVCodebook(config, tables, described, calibration=made)
+    return AnTKVCodebook(config, book.tables, described, calibration=made)
 
 
 def _settings(model: PreTrainedModel, config: AnTKVConfig, plan: _Plan, seed: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -23,7 +23,8 @@ from ..cache.cache import AnTKVCache
 from ..cache.layer import AnTKVLayer
 from ..codebook import AnTKVCodebook
 from ..codecs import LayerCodec, VectorQuantizer, VQTables
-from ..reference.attention import Visibility
+from ..reference.attention import Visibility, grouped
+from ..reference.code_bias import with_bias_channel
 from .exact_choice import exact_mask
 from .intercept import calibration_attention_forward, dense_attention
 
@@ -131,20 +132,22 @@ class Student:
             self._layers[layer] = (codec, TrainedQuantizer(codec.key), TrainedQuantizer(codec.value))
         codec, key, value = self._layers[layer]
         with torch.autocast(query.device.type, enabled=False):
-            read_keys, read_values = self._read(
+            read_keys, read_values, coded = self._read(
                 codec, key.live(), value.live(), query, keys, values, scale, softcap, sink_logit
             )
+            bias = codec.code_bias(grouped(query, keys.shape[1]), scale)
+            bias = None if bias is None else bias.flatten(1, 2)
         # Its expanded keys are made again in the backward pass, not held by every layer at once.
         return checkpoint(
             windowed_attention, query, keys, values, read_keys, read_values, self.window, scale, softcap, sink_logit,
-            use_reentrant=False, preserve_rng_state=False,
+            bias, coded, use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
 
     def _read(
         self, codec: LayerCodec, key: VectorQuantizer, value: VectorQuantizer, query, keys, values, scale: float,
         softcap, sink_logit,
     ):  # fmt: skip
-        """Keys and values as a cache gives them back; in place of those that stay exact, themselves."""
+        """Keys and values as a cache gives them back, those that stay exact as they are, and which are coded."""
         positions = torch.arange(keys.shape[2], device=keys.device).unsqueeze(0)
         with torch.no_grad():
             plain = codec.plain_keys(keys, positions).float()
@@ -160,6 +163,7 @@ class Student:
         return (
             torch.where(exact, keys, straight_through(keys, read_keys)),
             torch.where(exact, values, straight_through(values, read_values)),
+            ~exact.squeeze(-1),
         )
 
 
@@ -178,32 +182,49 @@ def _visible(start: int, stop: int, window: int, device: torch.device) -> torch.
 
 
 def windowed_attention(
-    query, keys, values, read_keys, read_values, window: int, scale: float, softcap=None, sink_logit=None
-) -> torch.Tensor:
+    query, keys, values, read_keys, read_values, window: int, scale: float, softcap=None, sink_logit=None, bias=None,
+    coded=None,
+) -> torch.Tensor:  # fmt: skip
     """Causal attention with exact keys for ``i - j < window`` and read-back ones for older tokens, with gradients.
+
+    Args:
+        bias, coded: what the logits of coded tokens get, as `evaluation.protocols.Read` has it.
 
     Returns:
         ``(batch, q_heads, n, value_dim)`` in the dtype of the query; by PyTorch's fused kernels where they can answer.
     """
     n, group = query.shape[2], query.shape[1] // keys.shape[1]
+    width, capped = values.shape[-1], softcap is not None or sink_logit is not None
+    if bias is not None and not capped:  # as one more channel; fused kernels take widths of a multiple of 8
+        recent = keys.new_zeros(coded.shape, dtype=torch.bool)
+        keys = with_bias_channel(query, keys, bias, recent, scale)[1]
+        query, read_keys = with_bias_channel(query, read_keys, bias, coded, scale)
+        fill = -query.shape[-1] % 8
+        query, keys, read_keys = (pad(x, (0, fill)) for x in (query, keys, read_keys))
+        values, read_values = (pad(x, (0, query.shape[-1] - width)) for x in (values, read_values))
 
-    def attend(rows: slice, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def attend(rows: slice, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, old: int) -> torch.Tensor:
         q = query[:, :, rows]
-        if softcap is not None or sink_logit is not None:
-            visible = Visibility(None if mask is None else mask[None, None], mask is None, q.shape[2], k.shape[2])
+        if capped:
+            mask = None if mask is None else mask[None, None]
+            if bias is not None:  # after the cap, so with the mask; recent keys come after `old` ones and get none
+                gets = pad(coded[:, :, :old], (0, k.shape[2] - old)).repeat_interleave(group, 1).unsqueeze(2)
+                seen = torch.ones(n, n, dtype=torch.bool, device=q.device).tril_() if mask is None else mask
+                mask = (bias[:, :, rows].unsqueeze(-1) * gets).masked_fill(~seen, float("-inf"))
+            visible = Visibility(mask, mask is None, q.shape[2], k.shape[2])
             return dense_attention(q, k, v, visible, scale, softcap, sink_logit)
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)[..., :width]
 
     if not window:
-        return attend(slice(None), read_keys, read_values, None)
+        return attend(slice(None), read_keys, read_values, None, n)
     parts = []
     for start in range(0, n, ROWS):
         stop = min(start + ROWS, n)
         old, recent = slice(0, max(stop - window, 0)), slice(max(start - window + 1, 0), stop)
         k = torch.cat([read_keys[:, :, old], keys[:, :, recent]], 2)
         v = torch.cat([read_values[:, :, old], values[:, :, recent]], 2)
-        parts.append(attend(slice(start, stop), k, v, _visible(start, stop, window, query.device)))
+        parts.append(attend(slice(start, stop), k, v, _visible(start, stop, window, query.device), old.stop))
     return torch.cat(parts, 2)
 
 

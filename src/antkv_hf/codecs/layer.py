@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from ..config import AnTKVConfig, ScalarSpec
+from ..reference.code_bias import code_bias
 from ..rotary import Rotary
 from .base import Codec
 from .scalar import ChannelQuantizer, ScalarScales, TokenQuantizer
+from .vq import VectorQuantizer
 
 _NO_SCALES = "scalar codes mean nothing without their scales"
 
@@ -86,6 +88,12 @@ class LayerCodec:
             return scales.center
         mean = getattr(self.key, "mean", None)
         return None if mean is None else mean.unsqueeze(1)
+
+    def code_bias(self, query: torch.Tensor, scale: float) -> torch.Tensor | None:
+        """What logits of coded tokens get, for grouped queries after RoPE (`reference.code_bias`); None: nothing."""
+        if not isinstance(self.key, VectorQuantizer) or self.key.noise is None or self.key.permutation is None:
+            return None
+        return code_bias(query, self.key.noise, self.key.permutation, scale)
 
     def memory_bytes(self) -> int:
         """Bytes of all tables, kernels' copies included."""

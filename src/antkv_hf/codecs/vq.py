@@ -30,6 +30,9 @@ class VQTables:
         permutation: int ``(kv_heads, head_dim)`` or None.
         metric_root: ``(kv_heads, groups, sub_dim, sub_dim)``, with `permutation` only.
         synthesis: ``(kv_heads, head_dim, head_dim)``, latent to plain, or None.
+        noise: of keys, with `permutation` only: ``(kv_heads, groups, sub_dim, sub_dim)``, covariance of what the codes
+            lose of a sub-vector after RoPE, see `reference.code_bias`. None (as in codebooks of format 1 and 2): logits
+            of coded tokens are not corrected.
     """
 
     centroids: torch.Tensor
@@ -37,6 +40,7 @@ class VQTables:
     permutation: torch.Tensor | None = None
     metric_root: torch.Tensor | None = None
     synthesis: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
@@ -54,6 +58,7 @@ class VQTables:
             "permutation": (kv_heads, head_dim),
             "metric_root": (kv_heads, groups, spec.sub_dim, spec.sub_dim),
             "synthesis": (kv_heads, head_dim, head_dim),
+            "noise": (kv_heads, groups, spec.sub_dim, spec.sub_dim),
         }
         if (self.permutation is None) == (self.synthesis is None) or (self.permutation is None) != (
             self.metric_root is None
@@ -66,6 +71,12 @@ class VQTables:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {expected[name]} is needed for {spec}")
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds values that are not finite")
+        if self.noise is not None:
+            if self.permutation is None:
+                raise ValueError("noise goes with a permutation of keys, but these tables have a synthesis")
+            values = torch.linalg.eigvalsh(self.noise.cpu().double())
+            if float(values.min()) < -1e-4 * float(values.max()) or not torch.allclose(self.noise, self.noise.mT):
+                raise ValueError(f"noise is no covariance: its smallest eigenvalue is {float(values.min()):g}")
         if self.permutation is not None:
             order = torch.arange(head_dim, device=self.permutation.device).expand(kv_heads, head_dim)
             if not torch.equal(self.permutation.long().sort(-1).values, order):
@@ -92,6 +103,7 @@ class VectorQuantizer:
         self.groups = spec.groups(self.head_dim)
         place = dict(device=device, dtype=dtype)
         self.mean = tables.mean.to(**place)
+        self.noise = None if tables.noise is None else tables.noise.to(device, torch.float32)
         # One row of tables a (kv head, group): (kv_heads * groups, stages, K, sub_dim).
         self.centroids = tables.centroids.to(**place).flatten(0, 1).contiguous()
         self.permutation = self.inverse_permutation = self.metric_root = None

@@ -21,8 +21,10 @@ import contextvars
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -37,13 +39,13 @@ from ..codebook import AnTKVCodebook
 from ..codecs import ChannelQuantizer, IdentityCodec, LayerCodec, ScalarScales
 from ..config import AnTKVConfig
 from ..exact_tokens import ExactTokens, sink_dtype
-from ..reference.attention import Visibility, grouped, logits_of
+from ..reference.attention import Visibility, grouped
 from ..reference.attention import attention as reference_attention
+from ..reference.code_bias import with_bias_channel
 from ..reference.scores import column_statistic
 from ..storage import ENCODE_BLOCK, Snapshot
 
 NAME = "antkv_evaluation"
-ROWS = 512  # queries answered at a time: bounds the workspace to q_heads * ROWS * (window of the text) floats
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,22 @@ class AttentionCall:
     sink_logit: torch.Tensor | None = None
 
 
-# keys (after RoPE) and values as they are read once coded, ``(batch, kv_heads, n, dim)`` float32
-ReadBack = Callable[[AttentionCall], tuple[torch.Tensor, torch.Tensor]]
+class Read(NamedTuple):
+    """What attention reads of old tokens.
+
+    Args:
+        keys, values: as they are read once coded, ``(batch, kv_heads, n, dim)`` float32, keys after RoPE.
+        bias: what the logits of coded tokens get, ``(batch, q_heads, n)`` a query (`reference.code_bias`), or None.
+        coded: bool ``(batch, kv_heads, n)``, the tokens that get it: all but anchors and sinks. Needed with `bias`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor | None = None
+    coded: torch.Tensor | None = None
+
+
+ReadBack = Callable[[AttentionCall], tuple[torch.Tensor, torch.Tensor] | Read]
 
 
 class ProtocolEvaluator:
@@ -161,10 +177,13 @@ class ProtocolEvaluator:
         assert window is not None
         with torch.autocast(query.device.type, enabled=False):
             call = AttentionCall(layer, query, keys, values, window, scale, softcap, sink_logit)
-            out = windowed_attention(query, keys, values, *self.read_back(call), window, scale, softcap, sink_logit)
+            read = Read(*self.read_back(call))
+            out = windowed_attention(
+                query, keys, values, read.keys, read.values, window, scale, softcap, sink_logit, read.bias, read.coded
+            )
         return out.to(query.dtype)
 
-    def _read_back(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read_back(self, call: AttentionCall) -> Read:
         """What the cache's own codecs, anchors and sinks give back."""
         keys, values = call.keys, call.values
         codec = self.plans[call.layer].codec(keys.device, keys.shape[1], keys.shape[3], values.shape[3])
@@ -215,8 +234,8 @@ AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 def read_back(
     codec: LayerCodec, config: AnTKVConfig, window: int, query, keys, values, scale, softcap, sink_logit, stride=1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys (after RoPE) and values ``(batch, kv_heads, n, dim)`` float32 as a cache gives them back once coded."""
+) -> Read:
+    """Keys and values of all tokens as a cache gives them back once coded."""
     n, device = keys.shape[2], keys.device
     offset = torch.zeros(keys.shape[0], dtype=torch.int64, device=device)
     sinks = min(config.anchors.sinks, n)
@@ -242,9 +261,12 @@ def read_back(
         dtype = torch.int8 if config.anchors.dtype == "int8" else torch.float16
         exact.append(_store(index, keys, values, dtype, codec, offset, center))
     empty = keys[:, :, :0].float(), values[:, :, :0].float()
-    return Snapshot(
-        codec, coded.key_codes, coded.value_codes, tuple(exact), *empty, offset, scales=coded.scales
-    ).dense()
+    snapshot = Snapshot(codec, coded.key_codes, coded.value_codes, tuple(exact), *empty, offset, scales=coded.scales)
+    remains = torch.ones(*keys.shape[:2], n + 1, dtype=torch.bool, device=device)  # the last takes empty slots
+    for tokens in exact:
+        remains.scatter_(2, torch.where(tokens.positions < 0, n, tokens.positions).long(), False)
+    bias = codec.code_bias(grouped(query, keys.shape[1]), scale)
+    return Read(*snapshot.dense(), None if bias is None else bias.flatten(1, 2), remains[:, :, :n])
 
 
 def _encode(codec: LayerCodec, keys, values, offset: torch.Tensor, scales, excluded: torch.Tensor) -> Encoded:
@@ -312,7 +334,7 @@ def choose_anchors(
             positions=torch.arange(part.start, part.stop, device=device).expand(keys.shape[0], -1),
         )
         scores.append(score.score(context))
-    padded = torch.nn.functional.pad(torch.cat(scores, 2), (0, -n % chunk), value=float("-inf"))
+    padded = pad(torch.cat(scores, 2), (0, -n % chunk), value=float("-inf"))
     padded[:, :, : config.anchors.sinks] = float("-inf")
     index = select_anchors(padded, config.anchors.fraction, chunk)
     best = padded.gather(2, index)
@@ -322,56 +344,92 @@ def choose_anchors(
     return index.masked_fill(best == float("-inf"), -1)
 
 
-def exact_with_lse(query, keys, values, scale, softcap=None, sink_logit=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact causal attention ``(batch, kv_heads, group, n, value_dim)`` and its log-sum-exp ``(..., n)``."""
+def exact_with_lse(
+    query, keys, values, scale, softcap=None, sink_logit=None, mask=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact causal attention ``(batch, kv_heads, group, n, value_dim)`` and its log-sum-exp ``(..., n)``; an additive
+    `mask` stands in for causality."""
     n = query.shape[2]
     offset = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
     past = Snapshot(LayerCodec(IdentityCodec(), IdentityCodec()), None, None, (), keys, values, offset)
-    view = Visibility(None, n > 1, n, n)
-    answer = exact_attention(past, query, view, scale) if softcap is None and sink_logit is None else None
+    view = Visibility(mask, n > 1 and mask is None, n, n)
+    # the LSE of the fused kernel has no gradient
+    fused = softcap is None and sink_logit is None and mask is None and not torch.is_grad_enabled()
+    answer = exact_attention(past, query, view, scale) if fused else None
     return reference_attention(past, query, view, scale, softcap, sink_logit) if answer is None else answer
 
 
 def windowed_attention(
-    query, keys, values, read_keys, read_values, window: int, scale: float, softcap=None, sink_logit=None
-) -> torch.Tensor:
+    query, keys, values, read_keys, read_values, window: int, scale: float, softcap=None, sink_logit=None, bias=None,
+    coded=None,
+) -> torch.Tensor:  # fmt: skip
     """Causal attention with exact keys for ``i - j < window`` and read-back ones for older tokens.
+
+    Args:
+        bias, coded: see `Read`.
 
     Returns:
         float32 ``(batch, q_heads, n, value_dim)``.
     """
-    batch, kv_heads, n, _ = keys.shape
-    q_all, device = grouped(query, kv_heads), keys.device
-    out = torch.empty(*q_all.shape[:-1], values.shape[-1], device=device)
-    for start in range(0, n, ROWS):
-        stop = min(start + ROWS, n)
-        q, row = q_all[:, :, :, start:stop], torch.arange(start, stop, device=device).unsqueeze(1)
-        parts = []
-        old = slice(0, max(stop - window, 0))
-        if old.stop:
-            hidden = torch.arange(old.stop, device=device) > row - window
-            parts.append((old, read_keys, read_values, hidden))
-        recent = slice(max(start - window + 1, 0), stop)
-        if window:
-            column = torch.arange(recent.start, stop, device=device)
-            parts.append((recent, keys, values, (column > row) | (column <= row - window)))
-        logits = [
-            logits_of(q, k[:, :, columns], scale, softcap).masked_fill_(hidden, float("-inf"))
-            for columns, k, _, hidden in parts
-        ]
-        if sink_logit is not None:  # takes part in the denominator only
-            sink = sink_logit.float().view(1, kv_heads, -1, 1, 1)
-            logits.append(sink.expand(*q.shape[:-1], 1))
-        probs = torch.cat(logits, -1).softmax(-1)
-        first = 0
-        total = torch.zeros((), device=device)
-        for cols, _, v, _ in parts:
-            width = cols.stop - cols.start
-            weights = probs[..., first : first + width].flatten(2, 3)
-            total = total + weights @ v[:, :, cols].float()
-            first += width
-        out[:, :, :, start:stop] = total.view(batch, kv_heads, -1, stop - start, values.shape[-1])
-    return out.flatten(1, 2)
+    query, keys, values = query.float(), keys.float(), values.float()
+    read_keys, read_values = read_keys.float(), read_values.float()
+    if not window:
+        return _old_attention(query, read_keys, read_values, scale, softcap, sink_logit, bias, coded)[0].flatten(1, 2)
+    out, lse = _recent_attention(query, keys, values, window, scale, softcap, sink_logit)
+    if keys.shape[2] <= window:
+        return out.flatten(1, 2)
+    # Old tokens of query i are 0..i - window: a causal square, seen from the first query that has any.
+    if bias is not None:
+        bias, coded = bias[:, :, window:], coded[:, :, :-window]
+    old, old_lse = _old_attention(
+        query[:, :, window:], read_keys[:, :, :-window], read_values[:, :, :-window], scale, softcap, None, bias, coded
+    )
+    total = torch.logaddexp(lse[..., window:], old_lse)
+    share, old_share = (lse[..., window:] - total).exp(), (old_lse - total).exp()
+    merged = out[:, :, :, window:] * share.unsqueeze(-1) + old * old_share.unsqueeze(-1)
+    return torch.cat([out[:, :, :, :window], merged], 3).flatten(1, 2)
+
+
+def _old_attention(query, keys, values, scale: float, softcap, sink_logit, bias, coded):
+    """Causal attention over what is read back, with the bias of coded tokens: output and LSE as `exact_with_lse`."""
+    if bias is None:
+        return exact_with_lse(query, keys, values, scale, softcap, sink_logit)
+    if softcap is None:
+        query, keys = with_bias_channel(query, keys, bias, coded, scale)
+        # values as wide as the keys, for the fused kernel
+        out, lse = exact_with_lse(query, keys, pad(values, (0, 1)), scale, None, sink_logit)
+        return out[..., :-1], lse
+    # A bias comes after the cap, so it cannot be part of the product: it joins as a mask, which is large.
+    n = keys.shape[2]
+    group = query.shape[1] // keys.shape[1]
+    mask = bias.unsqueeze(-1) * coded.repeat_interleave(group, 1).unsqueeze(2)
+    mask = mask.masked_fill(torch.ones(n, n, dtype=torch.bool, device=mask.device).triu_(1), float("-inf"))
+    return exact_with_lse(query, keys, values, scale, softcap, sink_logit, mask)
+
+
+def _recent_attention(query, keys, values, window: int, scale: float, softcap, sink_logit):
+    """Attention of each query over its last `window` keys, a window of queries at a time: output and LSE as
+    `exact_with_lse`."""
+    kv_heads, n = keys.shape[1:3]
+    blocks, fill = -(-n // window), -n % window
+    q = pad(grouped(query, kv_heads), (0, 0, 0, fill)).unflatten(3, (blocks, window))
+
+    def with_previous(x: torch.Tensor) -> torch.Tensor:  # (batch, kv_heads, 1, blocks, 2 * window, dim)
+        x = pad(x, (0, 0, window, fill)).unflatten(2, (blocks + 1, window))
+        return torch.cat([x[:, :, :-1], x[:, :, 1:]], 3).unsqueeze(2)
+
+    logits = scale * q @ with_previous(keys).mT
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    row, column = torch.arange(window, device=keys.device).unsqueeze(1), torch.arange(2 * window, device=keys.device)
+    hidden = ((column <= row) | (column > row + window)).repeat(blocks, 1, 1)
+    hidden[0] |= column < window  # nothing comes before the first block
+    logits = logits.masked_fill_(hidden, float("-inf"))
+    lse = logits.logsumexp(-1, keepdim=True)
+    if sink_logit is not None:  # takes part in the denominator only
+        lse = torch.logaddexp(lse, sink_logit.float().view(1, kv_heads, -1, 1, 1, 1))
+    out = (logits - lse).exp() @ with_previous(values)
+    return out.flatten(3, 4)[:, :, :, :n], lse.squeeze(-1).flatten(3, 4)[..., :n]
 
 
 def _store(index, keys, values, dtype, codec: LayerCodec, offset, center) -> ExactTokens:

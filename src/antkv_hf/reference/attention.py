@@ -5,7 +5,7 @@ With codes C, exact tokens E and tail T, the output of query i is
     o_i = sum_{j in C \\ E} p_ij v^_j + sum_{j in E} p_ij v_j + sum_{j in T} p_ij v_j,    p_ij = exp(s_ij - lse_i)
 
 where ``v^`` (and ``k^`` inside s) are decoded block by block; the parts are merged by their running maximum, so the
-dense keys and values never exist.
+dense keys and values never exist. The logits s of coded tokens include the bias of `code_bias`, if the codec has one.
 """
 
 from __future__ import annotations
@@ -140,11 +140,13 @@ def _attention_of_rows(past, q: torch.Tensor, visibility: Visibility, scale: flo
     softmax = OnlineSoftmax(q.shape[:-1], past.tail_values.shape[-1], q.device, first)
     coded = past.coded_length
     if coded:
-        exact = past.exact_mask()
+        exact, bias = past.exact_mask(), past.codec.code_bias(q, scale)
         for start in range(0, coded, BLOCK):
             stop = min(start + BLOCK, coded)
             # (R_s+r k) . q = (R_r k) . (R_-s q): the angles r of a block are a constant table
             logits = logits_of(past.block_query(q, start), past.block_keys(start, stop), scale, softcap)
+            if bias is not None:
+                logits = logits + bias.unsqueeze(-1)
             logits = visibility.apply(logits, slice(start, stop))
             if exact is not None:
                 logits = logits.masked_fill(exact[:, :, None, None, start:stop], float("-inf"))

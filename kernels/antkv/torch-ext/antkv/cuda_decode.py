@@ -334,5 +334,5 @@ def decode_attention(
     )  # fmt: skip
     with torch.cuda.device_of(query):
         launch(load_kernel(shape, query.device.index or 0), arguments, shape)
-        merge_splits(partial, state, past.value_tables, sink_logit, out, lse)
+        merge_splits(partial, state, past.value_tables, sink_logit, out, lse, query, past.key_tables, scale)
     return out, lse

@@ -4,7 +4,7 @@ One launch does all the attending: some programs stream codes, some the exact to
 merges their partial results by log-sum-exp, applies the basis and mean of the values once a query, and returns the LSE.
 
     o_i = (sum_{j coded} p_ij y_j) S + (sum_{j coded} p_ij) mean + sum_{j exact or recent} p_ij v_j,
-    p_ij = exp(softcap(scale q_i . k_j) - lse_i)
+    p_ij = exp(softcap(scale q_i . k_j) [+ b(q_i) if j is coded] - lse_i)
 
 Keys are coded before RoPE. With R(t) the rotation to position t and s the position of a tile's first token,
 ``q . R(s + r) k = (R(-s) q) . (R(r) k)``: the query is turned once a tile, keys by a table that every tile shares.
@@ -375,5 +375,5 @@ def decode_attention(
         ROTATES=keys.rotates, HAS_SINKS=sinks is not None, CAUSAL=is_causal and mask is None,
         SOFTCAP=softcap is not None, MASK=kind, STATIC=lengths is not None,
     )  # fmt: skip
-    merge_splits(partial, state, values, sink_logit, out, lse)
+    merge_splits(partial, state, values, sink_logit, out, lse, query, keys, scale)
     return out, lse

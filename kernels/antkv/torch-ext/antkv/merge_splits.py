@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .checks import head_block
 from .softmax import LOG2E
-from .tables import ValueTables
+from .tables import KeyTables, ValueTables
 
 
 @triton.jit
@@ -26,14 +26,28 @@ def _load_part(
     return maximum, total, tl.load(p, mask=m_split[:, None] & (channel < DV)[None, :], other=0.0)
 
 
+@triton.jit
+def _code_bias(p_row, p_channels, p_noise, scale, D: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr):
+    """b(q) = scale^2 / 2 sum_g q_g . noise_g q_g of the query at `p_row`."""
+    g = tl.arange(0, BD // SUB)[:, None]
+    i = tl.arange(0, SUB)[None, :]
+    m = g < D // SUB
+    q = tl.load(p_row + tl.load(p_channels + g * SUB + i, mask=m, other=0), mask=m, other=0.0).to(tl.float32) * scale
+    p = p_noise + (g[:, :, None] * SUB + i[:, :, None]) * SUB + tl.arange(0, SUB)[None, None, :]
+    noise = tl.load(p, mask=m[:, :, None], other=0.0)  # [groups, SUB, SUB]
+    return 0.5 * tl.sum(tl.sum(tl.sum(noise * q[:, :, None] * q[:, None, :], 2), 1), 0)
+
+
 @triton.jit(do_not_specialize=["splits"])
 def merge_splits_kernel(
-    p_partial, p_max, p_total, p_synthesis, p_mean, p_sink_logit, p_out, p_lse, splits,
-    H: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
-    BS: tl.constexpr, BC: tl.constexpr, SINK_LOGIT: tl.constexpr, BASIS: tl.constexpr,
+    p_partial, p_max, p_total, p_synthesis, p_mean, p_sink_logit, p_query, stride_q_b, stride_q_h, stride_q_n,
+    p_channels, p_noise, scale, p_out, p_lse, splits,
+    H: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, DV: tl.constexpr,
+    BDV: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, SINK_LOGIT: tl.constexpr, BASIS: tl.constexpr,
+    SUB: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """Merges the parts of one row: `splits` of codes through the values' basis (if there is one), then as many plain
-    ones.
+    ones. If NOISE, the logits of coded tokens get b(q), the same for all of a row.
 
     All splits of a row fit one tile, so that nothing waits for anything but the loads.
     """
@@ -56,6 +70,12 @@ def merge_splits_kernel(
         p_basis = p_synthesis + h * DV * DV + dv[:, None] * DV + c[None, :]
         basis = tl.load(p_basis, mask=(dv < DV)[:, None] & (c < DV)[None, :], other=0.0)
         mean = tl.load(p_mean + h * DV + c, mask=c < DV, other=0.0)
+        if NOISE:
+            code_maximum += LOG2E * _code_bias(
+                p_query + bh // H * stride_q_b + (h * (ROWS // Q_LEN) + row // Q_LEN) * stride_q_h
+                + row % Q_LEN * stride_q_n,
+                p_channels + h * D, p_noise + h * D * SUB, scale, D, BD, SUB,
+            )  # fmt: skip
         top = tl.maximum(top, tl.max(code_maximum, 0))
     if SINK_LOGIT:
         sink = tl.load(p_sink_logit + h * (ROWS // Q_LEN) + row // Q_LEN).to(tl.float32) * LOG2E
@@ -85,6 +105,9 @@ def merge_splits(
     sink_logit: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    query: torch.Tensor | None = None,
+    keys: KeyTables | None = None,
+    scale: float = 1.0,
 ) -> None:
     """Writes `out` ``(batch, q_heads, q_len, value_dim)`` and `lse` ``(batch, q_heads, q_len)``.
 
@@ -92,14 +115,21 @@ def merge_splits(
         partial: float32 ``(batch, kv_heads, parts, rows, value_dim)``, unnormalised; the first half in the latent
             basis of `tables`, the second in plain channels, or all of them without `tables`.
         state: float32 ``(2, batch, kv_heads, parts, rows)``: maximum (in units of log 2) and sum of weights.
+        query, keys, scale: ``(batch, q_heads, q_len, head_dim)`` after RoPE, stride 1 along channels, the tables whose
+            noise raises the logits of coded tokens, and the factor on q.k; without them nothing is raised.
     """
     batch, heads, parts, rows, dim = partial.shape
     columns = 32
     basis = (out, out) if tables is None else (tables.synthesis, tables.mean)
+    if query is None or keys is None or keys.noise is None:
+        noise, sizes = (out, 0, 0, 0, out, out, 1.0), dict(D=dim, BD=head_block(dim), SUB=1, NOISE=False)
+    else:
+        noise = (query, *query.stride()[:3], keys.channels, keys.noise, scale)
+        sizes = dict(D=query.shape[3], BD=head_block(query.shape[3]), SUB=keys.codes.sub_dim, NOISE=True)
     splits = parts if tables is None else parts // 2
     merge_splits_kernel[(batch * heads, rows, triton.cdiv(dim, columns))](
-        partial, state[0], state[1], *basis, out if sink_logit is None else sink_logit, out, lse,
+        partial, state[0], state[1], *basis, out if sink_logit is None else sink_logit, *noise, out, lse,
         splits, H=heads, ROWS=rows, Q_LEN=out.shape[2], DV=dim, BDV=head_block(dim),
         BS=max(2, triton.next_power_of_2(splits)), BC=columns, SINK_LOGIT=sink_logit is not None,
-        BASIS=tables is not None, num_warps=4,
+        BASIS=tables is not None, **sizes, num_warps=4,
     )  # fmt: skip

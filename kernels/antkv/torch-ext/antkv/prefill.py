@@ -5,12 +5,17 @@ With segments S of the past and the exact tail T, each answering with its own no
     lse = log(sum_S exp(lse_S) + exp(lse_T)),   out = sum_S exp(lse_S - lse) out_S + exp(lse_T - lse) out_T
 
 so the workspace is one segment and the chunk, however long the past is.
+
+Logits of coded tokens may have a bias b that exact tokens E of the past have not (`CodeBias`). Segments hold both, and
+no fused kernel adds b to some keys alone. So all of the past gets b, and what E has too much is taken off again:
+
+    w = (1 - exp(-b)) exp(lse_E - lse_P),   out = (out_P - w out_E) / (1 - w),   lse = lse_P + b + log(1 - w).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import triton
@@ -36,6 +41,21 @@ class DensePast(Protocol):
     def dense(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (after RoPE) and values ``(batch, kv_heads, stop - start, dim)`` in the tail's dtype."""
         ...
+
+
+class CodeBias(NamedTuple):
+    """What the logits of coded tokens get, and the tokens of the past that are not coded.
+
+    Args:
+        bias: float32 ``(batch, q_heads, q_len)``, natural log, at least 0.
+        keys, values: exact tokens ``(batch, kv_heads, m, dim)`` in the query's dtype, keys after RoPE.
+        positions: int ``(batch, kv_heads, m)``, their index in the sequence, -1 for an empty slot.
+    """
+
+    bias: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
 
 
 @triton.jit
@@ -112,6 +132,7 @@ def prefill_attention(
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
     segment: int = SEGMENT,
+    code_bias: CodeBias | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a chunk of queries over the quantized past and the exact tail, which ends with the chunk itself.
 
@@ -125,6 +146,7 @@ def prefill_attention(
         is_causal: without a mask, query r sees the past and the tail up to ``n_tail - q_len + r``.
         softcap: Gemma 2's logit cap. sink_logit: GPT-OSS's ``(q_heads,)`` logits that join the denominator only.
         segment: past tokens, of all sequences together, that are dense at a time.
+        code_bias: see `CodeBias`; after `softcap`.
 
     Returns:
         output ``(batch, q_heads, q_len, value_dim)`` in the query's dtype and natural-log LSE, sinks included,
@@ -148,12 +170,22 @@ def prefill_attention(
         found = tuple(sink_logit.shape)
         require(found == (query.shape[1],), f"sink_logit has shape {found}; ({query.shape[1]},) is needed")
 
-    parts = _parts(query, past, tail_keys, tail_values, scale, mask, is_causal, softcap, segment)
-    out, lse = next(parts)
-    for i, (part, part_lse) in enumerate(parts):
-        if i == 0:
-            out = out.float()
-        lse = merge_(out, lse, part, part_lse)
+    options = dict(scale=scale, softcap=softcap)
+    out = lse = None
+    for over_past in (True, False):
+        if over_past:
+            parts = _past_parts(query, past, tail_keys, tail_values, mask, segment, **options)
+        else:
+            parts = _tail_parts(query, coded, tail_keys, tail_values, mask, is_causal, **options)
+        for part, part_lse in parts:
+            if out is None or lse is None:
+                out, lse = part, part_lse
+            else:
+                out = out.float()
+                lse = merge_(out, lse, part, part_lse)
+        if over_past and code_bias is not None and out is not None and lse is not None:
+            out, lse = _raised(out.float(), lse, query, code_bias, mask, **options)
+    assert out is not None and lse is not None
     if sink_logit is not None:
         sink = sink_logit.float().view(1, -1, 1)
         out = out * torch.sigmoid(lse - sink).unsqueeze(-1)  # exp(lse) / (exp(lse) + exp(sink)); 0 where lse is -inf
@@ -161,38 +193,68 @@ def prefill_attention(
     return out.to(query.dtype), lse
 
 
-def _parts(
+def _past_parts(
     query: torch.Tensor, past: QuantizedPast | DensePast | None, tail_keys: torch.Tensor, tail_values: torch.Tensor,
-    scale: float, mask: torch.Tensor | None, is_causal: bool, softcap: float | None, segment: int,
+    mask: torch.Tensor | None, segment: int, **options,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
-    """Output and LSE over each segment of the past, then over the tail. The next one overwrites a segment's keys."""
-    coded, q_len, n_tail = 0 if past is None else past.length, query.shape[2], tail_keys.shape[2]
-    if past is not None and coded:
-        step = _segment_length(coded, query.shape[0], segment)
-        batch, heads = tail_keys.shape[:2]
-        scratch = [
-            torch.empty(batch, heads, step, x.shape[3], dtype=query.dtype, device=query.device)
-            for x in (tail_keys, tail_values)
-            if isinstance(past, QuantizedPast)
-        ]
-        for start in range(0, coded, step):
-            stop = min(start + step, coded)
-            if isinstance(past, QuantizedPast):
-                keys, values = (x[:, :, : stop - start] for x in scratch)
-                dense = dequantize(past, start, stop, query.dtype, out=(keys, values))
-            else:
-                dense = past.dense(start, stop)
-            columns = None if mask is None else mask[..., start:stop]
-            yield exact_attention(query, *dense, scale=scale, mask=columns, softcap=softcap)
-    if n_tail:
-        columns = None if mask is None else mask[..., coded:]
-        offset = n_tail - q_len if mask is None and is_causal else None
-        if offset and softcap is None and cudnn_answers(query, q_len, 0):  # its causality is that of a square
-            yield exact_attention(query, tail_keys[:, :, :offset], tail_values[:, :, :offset], scale=scale)
-            tail_keys, tail_values, offset = tail_keys[:, :, offset:], tail_values[:, :, offset:], 0
-        yield exact_attention(
-            query, tail_keys, tail_values, scale=scale, causal_offset=offset, mask=columns, softcap=softcap
-        )
+    """Output and LSE over each segment of the past. The next one overwrites a segment's keys."""
+    if past is None or past.length == 0:
+        return
+    step = _segment_length(past.length, query.shape[0], segment)
+    batch, heads = tail_keys.shape[:2]
+    scratch = [
+        torch.empty(batch, heads, step, x.shape[3], dtype=query.dtype, device=query.device)
+        for x in (tail_keys, tail_values)
+        if isinstance(past, QuantizedPast)
+    ]
+    for start in range(0, past.length, step):
+        stop = min(start + step, past.length)
+        if isinstance(past, QuantizedPast):
+            keys, values = (x[:, :, : stop - start] for x in scratch)
+            dense = dequantize(past, start, stop, query.dtype, out=(keys, values))
+        else:
+            dense = past.dense(start, stop)
+        columns = None if mask is None else mask[..., start:stop]
+        yield exact_attention(query, *dense, mask=columns, **options)
+
+
+def _tail_parts(
+    query: torch.Tensor, coded: int, tail_keys: torch.Tensor, tail_values: torch.Tensor, mask: torch.Tensor | None,
+    is_causal: bool, **options,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Output and LSE over the tail, in one part or two."""
+    q_len, n_tail = query.shape[2], tail_keys.shape[2]
+    if not n_tail:
+        return
+    columns = None if mask is None else mask[..., coded:]
+    offset = n_tail - q_len if mask is None and is_causal else None
+    if offset and options["softcap"] is None and cudnn_answers(query, q_len, 0):  # its causality is that of a square
+        yield exact_attention(query, tail_keys[:, :, :offset], tail_values[:, :, :offset], **options)
+        tail_keys, tail_values, offset = tail_keys[:, :, offset:], tail_values[:, :, offset:], 0
+    yield exact_attention(query, tail_keys, tail_values, causal_offset=offset, mask=columns, **options)
+
+
+def _raised(
+    out: torch.Tensor, lse: torch.Tensor, query: torch.Tensor, code_bias: CodeBias, mask: torch.Tensor | None, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and LSE over the past with the bias of its coded tokens (formula above)."""
+    bias, keys, values, positions = code_bias
+    if keys.shape[2] == 0:
+        return out, lse + bias
+    group = query.shape[1] // keys.shape[1]
+    positions = positions.repeat_interleave(group, 1).unsqueeze(2)  # (batch, q_heads, 1, m)
+    visible = positions >= 0
+    if mask is not None:
+        index = positions.clamp_min(0).long().expand(-1, -1, mask.shape[2], -1)
+        found = mask.expand(*index.shape[:3], -1).gather(3, index)
+        hidden = False if mask.dtype == torch.bool else float("-inf")
+        visible = found.masked_fill(~visible, hidden)
+    exact, exact_lse = exact_attention(query, keys, values, mask=visible.contiguous(), **options)
+    share = (exact_lse - lse).clamp_max(0.0).exp()
+    share = (-torch.expm1(-bias) * share).nan_to_num(0.0)  # a query that sees nothing: -inf - -inf
+    rest = 1.0 - share
+    out = (out - share.unsqueeze(-1) * exact.float()) / rest.unsqueeze(-1)
+    return out, lse + bias + rest.log()
 
 
 def _segment_length(coded: int, batch: int, segment: int) -> int:

@@ -45,6 +45,8 @@ class KeyTables(NamedTuple):
         encode_centroids: float32, shaped as `centroids`; encode_bias: float32 ``centroids.shape[:-1]``. The code of
             stage s is ``argmax_k  r . encode_centroids[k] + encode_bias[k]`` with r what the stages before it left of
             the latent vector (the metric is folded in; both may be scaled by any positive factor a group).
+        noise: float32 ``(kv_heads, groups, sub_dim, sub_dim)``, latent order: covariance of what codes lose of keys
+            after RoPE. Logits of coded tokens get ``scale^2 / 2 sum_g q_g . noise_g q_g``; None: nothing.
     """
 
     codes: Codes
@@ -57,6 +59,7 @@ class KeyTables(NamedTuple):
     turns: torch.Tensor
     encode_centroids: torch.Tensor
     encode_bias: torch.Tensor
+    noise: torch.Tensor | None = None
 
 
 class ValueTables(NamedTuple):

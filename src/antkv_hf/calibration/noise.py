@@ -1,0 +1,71 @@
+"""What codes lose of keys, measured on text: by it the logits of coded tokens are corrected (`reference.code_bias`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from ..codebook import AnTKVCodebook
+from ..codecs import VectorQuantizer
+from ..evaluation.perplexity import one_shot_losses
+from ..evaluation.protocols import AttentionCall, Protocol, ProtocolEvaluator, Read
+
+WINDOWS = 8  # of text: an average over tokens and positions, so few suffice
+
+
+def with_noise(
+    model: PreTrainedModel,
+    codebook: AnTKVCodebook,
+    windows: torch.Tensor,
+    progress: Callable[[int], None] | None = None,
+) -> AnTKVCodebook:
+    """The codebook with the noise of its keys: covariance of what codes lose, over the tokens that stay coded.
+
+    One exact forward pass over each window, in which keys are coded and anchors chosen as in streaming use. Layers
+    whose keys are coded without RoPE get none.
+
+    Args:
+        model: the codebook's model. windows: token windows ``(count, n)``, longer than the codebook's exact window.
+        progress: called with the number of windows done.
+
+    Raises:
+        ValueError: as `ProtocolEvaluator`, or for windows in which nothing is coded.
+    """
+    window = codebook.config.window
+    if windows.shape[1] <= window:
+        raise ValueError(
+            f"windows of {windows.shape[1]} tokens lie within the exact window of {window}: give longer ones"
+        )
+    products: dict[int, torch.Tensor] = {}  # by layer, of pre-RoPE codes: (kv_heads, groups, d, d)
+    counts: dict[int, torch.Tensor] = {}  # (kv_heads,)
+    evaluator = ProtocolEvaluator(model, Protocol(f"S{window}", window), codebook.config, codebook)
+    code = evaluator.read_back
+
+    def measure(call: AttentionCall) -> Read:
+        read, (heads, _, dim) = Read(*code(call)), call.keys.shape[1:]
+        codec = evaluator.plans[call.layer].codec(call.keys.device, heads, dim, call.values.shape[3])
+        key = codec.key
+        if codec.rotary is not None and isinstance(key, VectorQuantizer) and key.permutation is not None:
+            assert read.coded is not None
+            lost = (read.keys - call.keys.float()) * read.coded.unsqueeze(-1)
+            lost = lost.gather(-1, key.permutation.unsqueeze(1).expand_as(lost)).unflatten(-1, (key.groups, -1))
+            lost = lost.permute(1, 3, 0, 2, 4).flatten(2, 3)  # (kv_heads, groups, batch * n, d)
+            products[call.layer] = products.get(call.layer, 0) + (lost.mT @ lost).double().cpu()
+            counts[call.layer] = counts.get(call.layer, 0) + read.coded.sum((0, 2)).cpu()
+        return Read(call.keys, call.values)
+
+    evaluator.read_back = measure
+    with evaluator.active():
+        for i, row in enumerate(windows):
+            one_shot_losses(model, row.unsqueeze(0).to(model.device), last=1)
+            if progress is not None:
+                progress(i + 1)
+    tables = dict(codebook.tables)
+    for layer, product in products.items():
+        key, value = tables[layer]
+        noise = product / counts[layer].clamp_min(1).view(-1, 1, 1, 1)
+        tables[layer] = (replace(key, noise=((noise + noise.mT) / 2).float()), value)
+    return AnTKVCodebook(codebook.config, tables, codebook.model, codebook.calibration, codebook.evaluation)
