@@ -13,7 +13,8 @@ from antkv_hf.calibration.noise import with_noise
 from antkv_hf.codebook import CONFIG_FILE
 from antkv_hf.codecs import VectorQuantizer
 from antkv_hf.config import AnchorConfig, AnTKVConfig, VQSpec
-from antkv_hf.evaluation.protocols import Protocol, ProtocolEvaluator, windowed_attention
+from antkv_hf.evaluation.protocols import Protocol, ProtocolEvaluator
+from antkv_hf.evaluation.windowed import windowed_attention
 from antkv_hf.reference.code_bias import code_bias, with_bias_channel
 from antkv_hf.rotary import Rotary
 
@@ -126,9 +127,12 @@ def test_the_student_attends_as_the_evaluator_does(llama, config, book):
                 student = straight_through.Student(llama, book)
                 with student.active(protocol.window):
                     found = llama(ids(2), use_cache=False).logits
-        # exact tokens of the evaluator went through float16
-        torch.testing.assert_close(found, expected, atol=0.05, rtol=0.0)
-        assert expected.std() > 1
+            plain = {i: (replace(key, noise=None), value) for i, (key, value) in book.tables.items()}
+            with ProtocolEvaluator(llama, protocol, config, AnTKVCodebook(config, plain, book.model)).active():
+                without = llama(ids(2), use_cache=False).logits
+        # Anchors of an evaluation went through float16; a code may tip over between two centroids that are as near.
+        assert (found - expected).abs().median() < 0.005 * expected.std()
+        assert (without - expected).abs().median() > 0.05 * expected.std()
 
 
 @pytest.mark.parametrize("padding", [0, 11])

@@ -28,7 +28,8 @@ from antkv_hf.evaluation import (
 )
 from antkv_hf.evaluation.baselines import cache_bits, quantized_cache, tensor_bytes
 from antkv_hf.evaluation.perplexity import perplexity
-from antkv_hf.evaluation.protocols import choose_anchors, read_back, windowed_attention
+from antkv_hf.evaluation.protocols import choose_anchors, read_back
+from antkv_hf.evaluation.windowed import windowed_attention
 
 WINDOW, CHUNK = 16, 8
 

@@ -28,7 +28,8 @@ from antkv_hf.calibration.straight_through import (
 from antkv_hf.cli import app
 from antkv_hf.codecs import VectorQuantizer
 from antkv_hf.config import AnchorConfig
-from antkv_hf.evaluation.protocols import Protocol, ProtocolEvaluator, choose_anchors, windowed_attention
+from antkv_hf.evaluation.protocols import Protocol, ProtocolEvaluator, choose_anchors
+from antkv_hf.evaluation.windowed import windowed_attention
 
 __all__ = ["one_thread"]  # an autouse fixture
 finetuning = sys.modules["antkv_hf.calibration.finetune"]  # by its name the package exports the function
@@ -289,8 +290,12 @@ def test_command_line(tmp_path, monkeypatch):
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "- finetune: {'steps': 1, 'batch': 2, 'window': 32" in card
     assert set(AnTKVCodebook.from_pretrained(tmp_path / "out").calibration["finetune"]["loss"]) == {"W0", "S16"}
+    assert runner.invoke(app, [*command, *given, "--window", "64"]).exit_code == 0
+    measured = AnTKVCodebook.from_pretrained(tmp_path / "out")
+    assert measured.tables[0][0].noise.shape == (2, 2, 8, 8) and measured.calibration["noise"]["tokens"] == 8 * 64
     for arguments, message in (
-        (given, "add --finetune STEPS"),
+        ([*given, "--window", "16"], "windows of 16 tokens lie within the exact window of 16"),
+        ([*given, *tuning, "--window", "64"], "leave out --window"),
         ([*given, *tuning, "--bits", "2"], "leave out --bits"),
         ([*given, *tuning, "--license", "mit", "--samples", "7"], "leave out --samples, --license"),
         ([*given, *tuning, "--sensitivity", "S128", "--candidate", "1"], "leave out --candidate, --sensitivity"),

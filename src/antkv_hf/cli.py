@@ -201,7 +201,9 @@ def calibrate(
     start: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="CODEBOOK", help="Fine-tune this one (folder, Hub id, shipped name), learn none."
+            "--from",
+            metavar="CODEBOOK",
+            help="Learn none: --finetune this one (folder, Hub id, shipped name), or measure its noise anew.",
         ),
     ] = None,
     settings: Settings = None,
@@ -217,6 +219,8 @@ def calibrate(
     Fine-tuning runs on one GPU; with --work-dir a stopped run goes on. An existing codebook:
     antkv calibrate smollm2 wiki.txt code/ --from smollm2-135m-instruct-1bit --finetune 150 -o tuned
 
+    The same without --finetune measures what its codes lose, as older codebooks need it (a minute, also on a CPU).
+
     Several GPUs share the work, each with the whole model; the tables are those of one:
     torchrun --nproc-per-node 4 -m antkv_hf.cli calibrate ... (or accelerate launch -m antkv_hf.cli calibrate ...)
     """
@@ -224,6 +228,7 @@ def calibrate(
     import tempfile
 
     from .calibration import calibrate as learn
+    from .calibration import measure_noise
     from .calibration.finetune import Numbers
     from .calibration.finetune import finetune as tune
     from .calibration.processes import Processes, device_of, on_cpu
@@ -237,9 +242,9 @@ def calibrate(
     given = None
     if start is not None:
         _check_from(
-            finetune, bits=bits, mixed=mixed, key_bits=key_bits, value_bits=value_bits, layer_bits=layer_bits,
+            bits=bits, mixed=mixed, key_bits=key_bits, value_bits=value_bits, layer_bits=layer_bits,
             set=settings, candidate=candidate, sensitivity=sensitivity, sensitivity_windows=sensitivity_windows,
-            window=window, samples=samples, base_model=base_model, license=license,
+            window=window if finetune else None, samples=samples, base_model=base_model, license=license,
         )  # fmt: skip
         given = AnTKVCodebook.from_pretrained(_codebook_place(start))
     wanted = bits or ([] if mixed else ["1"])
@@ -269,6 +274,8 @@ def calibrate(
             )  # fmt: skip
             if processes.rank:
                 continue
+            if given is not None and not finetune:
+                codebook = measure_noise(loaded, tokenizer, mix, given, window=window or 2048, seed=seed)
             if finetune:
                 codebook = tune(
                     loaded, tokenizer, mix, codebook, steps=finetune, tokens=tokens, window=finetune_window, seed=seed,

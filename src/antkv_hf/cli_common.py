@@ -173,10 +173,8 @@ def _mixed_runs(
     return runs
 
 
-def _check_from(finetune: int, **given: Any) -> None:
+def _check_from(**given: Any) -> None:
     """Raises ValueError if an option is given beside --from that would not be heard."""
-    if not finetune:
-        raise ValueError("--from CODEBOOK only fine-tunes it: add --finetune STEPS, e.g. --finetune 150")
     if names := [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, [])]:
         raise ValueError(
             f"--from keeps the bits, settings, licence and model of its codebook, and learns none: leave out "

@@ -2,25 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..codebook import AnTKVCodebook
 from ..codecs import VectorQuantizer
 from ..evaluation.perplexity import one_shot_losses
 from ..evaluation.protocols import AttentionCall, Protocol, ProtocolEvaluator, Read
+from ..texts import TextMix, mix_windows
+from .checks import check_model
+from .intercept import frozen_for_statistics
 
 WINDOWS = 8  # of text: an average over tokens and positions, so few suffice
 
 
-def with_noise(
+def measure_noise(
     model: PreTrainedModel,
+    tokenizer,
+    texts: TextMix | Sequence[str],
     codebook: AnTKVCodebook,
-    windows: torch.Tensor,
-    progress: Callable[[int], None] | None = None,
+    *,
+    windows: int = WINDOWS,
+    window: int = 2048,
+    seed: int = 0,
+    progress: bool = True,
+    sources: Sequence[str] | None = None,
+) -> AnTKVCodebook:
+    """The codebook with the noise of its keys measured on text: for codebooks that have none, or other text.
+
+    `calibrate` does this by itself. It takes `windows` forward passes of `window` tokens, on a GPU or a CPU.
+
+    Args:
+        model: the codebook's model; it is left as it was. tokenizer, texts, seed, sources: as for `calibrate`.
+        codebook: it is not changed.
+        windows, window: windows of text, and tokens of each, more than the codebook's exact window.
+
+    Returns:
+        The codebook without measured rows; ``calibration["noise"]`` says what was read.
+
+    Raises:
+        ValueError: too little text, windows within the exact window, a codebook of another model.
+    """
+    mix = TextMix.of(texts)
+    check_model(model)
+    text = mix_windows(tokenizer, mix, window, windows, seed)
+    with frozen_for_statistics(model):
+        book = with_noise(model, codebook, text, progress)
+    read = {
+        "sources": list(sources) if sources is not None else mix.describe(),
+        "tokens": text.numel(),
+        "window": window,
+        "seed": seed,
+        "date": date.today().isoformat(),
+    }
+    return AnTKVCodebook(book.config, book.tables, book.model, {**codebook.calibration, "noise": read})
+
+
+def with_noise(
+    model: PreTrainedModel, codebook: AnTKVCodebook, windows: torch.Tensor, progress: bool = False
 ) -> AnTKVCodebook:
     """The codebook with the noise of its keys: covariance of what codes lose, over the tokens that stay coded.
 
@@ -29,7 +73,6 @@ def with_noise(
 
     Args:
         model: the codebook's model. windows: token windows ``(count, n)``, longer than the codebook's exact window.
-        progress: called with the number of windows done.
 
     Raises:
         ValueError: as `ProtocolEvaluator`, or for windows in which nothing is coded.
@@ -59,10 +102,8 @@ def with_noise(
 
     evaluator.read_back = measure
     with evaluator.active():
-        for i, row in enumerate(windows):
+        for row in tqdm(windows, desc="noise", unit="window", disable=not progress):
             one_shot_losses(model, row.unsqueeze(0).to(model.device), last=1)
-            if progress is not None:
-                progress(i + 1)
     tables = dict(codebook.tables)
     for layer, product in products.items():
         key, value = tables[layer]

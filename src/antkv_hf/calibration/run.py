@@ -160,7 +160,7 @@ def calibrate(
             book = AnTKVCodebook(config, tables, described)
             if window > config.window:
                 spread = torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()
-                book = with_noise(model, book, windows[spread])
+                book = with_noise(model, book, windows[spread], progress and processes.rank == 0)
             if mixed is not None and sensitivity is not None:
                 sensitivity["measured"] = measured(model, mixed, book, windows, folder)
         processes.wait()  # until all have read the tables

@@ -30,20 +30,18 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..anchors import AnchorScore, TokenContext, best_tokens, get_score, select_anchors
 from ..attention.backends import Encoded
-from ..attention.exact import exact_attention
 from ..attention.reference_backend import REFERENCE
 from ..cache.cache import AnTKVCache
 from ..cache.interface import antkv_attention_forward
 from ..cache.layer import AnTKVLayer, LayerPlan
 from ..codebook import AnTKVCodebook
-from ..codecs import ChannelQuantizer, IdentityCodec, LayerCodec, ScalarScales
+from ..codecs import ChannelQuantizer, LayerCodec, ScalarScales
 from ..config import AnTKVConfig
 from ..exact_tokens import ExactTokens, sink_dtype
 from ..reference.attention import Visibility, grouped
-from ..reference.attention import attention as reference_attention
-from ..reference.code_bias import with_bias_channel
 from ..reference.scores import column_statistic
 from ..storage import ENCODE_BLOCK, Snapshot
+from .windowed import exact_with_lse, windowed_attention
 
 NAME = "antkv_evaluation"
 
@@ -342,94 +340,6 @@ def choose_anchors(
         kept = best_tokens(best, config.anchors.max_tokens)
         index, best = index.gather(2, kept), best.gather(2, kept)
     return index.masked_fill(best == float("-inf"), -1)
-
-
-def exact_with_lse(
-    query, keys, values, scale, softcap=None, sink_logit=None, mask=None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact causal attention ``(batch, kv_heads, group, n, value_dim)`` and its log-sum-exp ``(..., n)``; an additive
-    `mask` stands in for causality."""
-    n = query.shape[2]
-    offset = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
-    past = Snapshot(LayerCodec(IdentityCodec(), IdentityCodec()), None, None, (), keys, values, offset)
-    view = Visibility(mask, n > 1 and mask is None, n, n)
-    # the LSE of the fused kernel has no gradient
-    fused = softcap is None and sink_logit is None and mask is None and not torch.is_grad_enabled()
-    answer = exact_attention(past, query, view, scale) if fused else None
-    return reference_attention(past, query, view, scale, softcap, sink_logit) if answer is None else answer
-
-
-def windowed_attention(
-    query, keys, values, read_keys, read_values, window: int, scale: float, softcap=None, sink_logit=None, bias=None,
-    coded=None,
-) -> torch.Tensor:  # fmt: skip
-    """Causal attention with exact keys for ``i - j < window`` and read-back ones for older tokens.
-
-    Args:
-        bias, coded: see `Read`.
-
-    Returns:
-        float32 ``(batch, q_heads, n, value_dim)``.
-    """
-    query, keys, values = query.float(), keys.float(), values.float()
-    read_keys, read_values = read_keys.float(), read_values.float()
-    if not window:
-        return _old_attention(query, read_keys, read_values, scale, softcap, sink_logit, bias, coded)[0].flatten(1, 2)
-    out, lse = _recent_attention(query, keys, values, window, scale, softcap, sink_logit)
-    if keys.shape[2] <= window:
-        return out.flatten(1, 2)
-    # Old tokens of query i are 0..i - window: a causal square, seen from the first query that has any.
-    if bias is not None:
-        bias, coded = bias[:, :, window:], coded[:, :, :-window]
-    old, old_lse = _old_attention(
-        query[:, :, window:], read_keys[:, :, :-window], read_values[:, :, :-window], scale, softcap, None, bias, coded
-    )
-    total = torch.logaddexp(lse[..., window:], old_lse)
-    share, old_share = (lse[..., window:] - total).exp(), (old_lse - total).exp()
-    merged = out[:, :, :, window:] * share.unsqueeze(-1) + old * old_share.unsqueeze(-1)
-    return torch.cat([out[:, :, :, :window], merged], 3).flatten(1, 2)
-
-
-def _old_attention(query, keys, values, scale: float, softcap, sink_logit, bias, coded):
-    """Causal attention over what is read back, with the bias of coded tokens: output and LSE as `exact_with_lse`."""
-    if bias is None:
-        return exact_with_lse(query, keys, values, scale, softcap, sink_logit)
-    if softcap is None:
-        query, keys = with_bias_channel(query, keys, bias, coded, scale)
-        # values as wide as the keys, for the fused kernel
-        out, lse = exact_with_lse(query, keys, pad(values, (0, 1)), scale, None, sink_logit)
-        return out[..., :-1], lse
-    # A bias comes after the cap, so it cannot be part of the product: it joins as a mask, which is large.
-    n = keys.shape[2]
-    group = query.shape[1] // keys.shape[1]
-    mask = bias.unsqueeze(-1) * coded.repeat_interleave(group, 1).unsqueeze(2)
-    mask = mask.masked_fill(torch.ones(n, n, dtype=torch.bool, device=mask.device).triu_(1), float("-inf"))
-    return exact_with_lse(query, keys, values, scale, softcap, sink_logit, mask)
-
-
-def _recent_attention(query, keys, values, window: int, scale: float, softcap, sink_logit):
-    """Attention of each query over its last `window` keys, a window of queries at a time: output and LSE as
-    `exact_with_lse`."""
-    kv_heads, n = keys.shape[1:3]
-    blocks, fill = -(-n // window), -n % window
-    q = pad(grouped(query, kv_heads), (0, 0, 0, fill)).unflatten(3, (blocks, window))
-
-    def with_previous(x: torch.Tensor) -> torch.Tensor:  # (batch, kv_heads, 1, blocks, 2 * window, dim)
-        x = pad(x, (0, 0, window, fill)).unflatten(2, (blocks + 1, window))
-        return torch.cat([x[:, :, :-1], x[:, :, 1:]], 3).unsqueeze(2)
-
-    logits = scale * q @ with_previous(keys).mT
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    row, column = torch.arange(window, device=keys.device).unsqueeze(1), torch.arange(2 * window, device=keys.device)
-    hidden = ((column <= row) | (column > row + window)).repeat(blocks, 1, 1)
-    hidden[0] |= column < window  # nothing comes before the first block
-    logits = logits.masked_fill_(hidden, float("-inf"))
-    lse = logits.logsumexp(-1, keepdim=True)
-    if sink_logit is not None:  # takes part in the denominator only
-        lse = torch.logaddexp(lse, sink_logit.float().view(1, kv_heads, -1, 1, 1, 1))
-    out = (logits - lse).exp() @ with_previous(values)
-    return out.flatten(3, 4)[:, :, :, :n], lse.squeeze(-1).flatten(3, 4)[..., :n]
 
 
 def _store(index, keys, values, dtype, codec: LayerCodec, offset, center) -> ExactTokens:
