@@ -71,6 +71,7 @@ def _layer_tables(codebook: AnTKVCodebook, cache: AnTKVCache) -> list[dict[str, 
             row[f"{role}_spec"] = str(spec)
             row[f"{role}_basis"] = "dense" if tables.permutation is None else "permutation"
             row["table_bytes"] += sum(t.numel() * t.element_size() for t in tables.tensors().values())
+        row["key_noise"] = pair[0].noise is not None
         form = tuple(value for name, value in row.items() if name not in ("layer", "table_bytes"))
         if layer in plans:
             if form not in known:
@@ -253,7 +254,9 @@ def _runs_of_layers(rows: list[dict[str, Any]]) -> list[str]:
         start, last = rows[first]["layer"], row["layer"]
         lines.append(
             (f"layer {last}" if start == last else f"layers {start}-{last}, each")
-            + f": keys {row['key_spec']} in a {row['key_basis']} basis, values {row['value_spec']} in a "
+            + f": keys {row['key_spec']} in a {row['key_basis']} basis"
+            + (" with a bias for what codes lose" if row["key_noise"] else "")
+            + f", values {row['value_spec']} in a "
             f"{row['value_basis']} basis, {row['table_bytes']:,} bytes" + kernels(row)
         )
         first = i + 1
