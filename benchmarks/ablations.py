@@ -26,7 +26,8 @@ from antkv_hf import AnTKVCodebook
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = (
-    "kmeans", "scores", "window", "calibration-size", "calibration-domain", "anchor-dtype", "rope", "query-stride",
+    "kmeans", "bias", "scores", "window", "calibration-size", "calibration-domain", "anchor-dtype", "rope",
+    "query-stride",
 )  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def _codebook(
 
     def build(setting: Setting) -> Subject:
         statistics = setting.statistics()
-        return Subject(config, learned(statistics, of, learned_as, learn(statistics), setting.seed))
+        book = learned(statistics, of, learned_as, learn(statistics), setting.seed, noise=learn is own)
+        return Subject(config, book)
 
     return Method(name, family, build, IN_A_CACHE, config.vq_specs(), random=True, learns=True)
 

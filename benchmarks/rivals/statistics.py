@@ -18,7 +18,7 @@ from antkv_hf.cache.model_rotary import model_rotary
 from antkv_hf.calibration.run import _sampled_positions
 from antkv_hf.calibration.work_folder import WorkFolder
 from antkv_hf.evaluation import AttentionCall, Protocol, ProtocolEvaluator
-from antkv_hf.evaluation.protocols import exact_with_lse
+from antkv_hf.evaluation.windowed import exact_with_lse
 from antkv_hf.reference.attention import Visibility, grouped
 from antkv_hf.reference.scores import accumulated_attention_term, anchor_score_term, column_statistic
 from antkv_hf.texts import TextMix, mix_windows
@@ -87,9 +87,12 @@ class Statistics:
         kept = (windows or self.windows) * found.shape[1] // self.windows
         return found[:, :kept].to(self.model.device)
 
+    def text(self) -> torch.Tensor:
+        """The windows of text that were read, ``(windows, window)``."""
+        return mix_windows(self.tokenizer, self.mix, self.sizes.window, self.windows, self.sizes.seed)
+
     def _collect_columns(self, path: Path) -> None:
-        sizes = self.sizes
-        ids = mix_windows(self.tokenizer, self.mix, sizes.window, self.windows, sizes.seed)
+        ids = self.text()
         kept = self.positions().view(self.windows, -1)
         found: dict[str, list[torch.Tensor]] = {}
         with torch.no_grad():

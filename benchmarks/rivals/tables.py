@@ -12,6 +12,7 @@ from results import locked
 from antkv_hf import AnTKVCodebook, AnTKVConfig
 from antkv_hf.calibration.kmeans import weighted_kmeans
 from antkv_hf.calibration.metric import CLIP, masked_quantile
+from antkv_hf.calibration.noise import WINDOWS, with_noise
 from antkv_hf.calibration.tables import learn_tables
 from antkv_hf.calibration.work_folder import to_half
 from antkv_hf.codecs import VQTables
@@ -28,8 +29,13 @@ ANTKV_SINKS = replace(ANTKV_ANCHORS, sinks=4)
 LearnRole = Callable[[int, str, VQSpec, int], VQTables]
 
 
-def learned(statistics: Statistics, name: str, config: AnTKVConfig, learn: LearnRole, seed: int = 0) -> AnTKVCodebook:
-    """Codebook of all layers, kept in the statistics' folder under `name` and learned once."""
+def learned(
+    statistics: Statistics, name: str, config: AnTKVConfig, learn: LearnRole, seed: int = 0, noise: bool = False
+) -> AnTKVCodebook:
+    """Codebook of all layers, kept in the statistics' folder under `name` and learned once; `noise`: with that of its
+    keys, as `antkv_hf.calibrate` measures it (where windows are longer than the exact window)."""
+    noise = noise and statistics.sizes.window > config.window
+    name += "-noise" if noise else ""
     folder = statistics.folder / "learned"
     folder.mkdir(exist_ok=True)
     place = folder / f"{name}-seed{seed}-{statistics.key}"
@@ -42,6 +48,8 @@ def learned(statistics: Statistics, name: str, config: AnTKVConfig, learn: Learn
             own_seed = statistics.sizes.seed + seed + 2000 * layer  # as `calibrate` spaces them
             tables[layer] = (learn(layer, "key", key, own_seed), learn(layer, "value", value, own_seed + 1000))
         book = AnTKVCodebook(config, tables, statistics.codebook.model, {"learned": name, "seed": seed})
+        if noise:
+            book = with_noise(statistics.model, book, statistics.text()[:WINDOWS])
         part = place.with_name(place.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         book.save_pretrained(part)

@@ -16,7 +16,7 @@ from .tables import LearnRole, contiguous, learned, own
 
 CONFIG = AnTKVConfig.preset("1bit")
 BOTH = ("W0", "S128")
-PARTS_OF_BASE = ("scores", "window", "anchor-dtype", "query-stride")  # they learn no tables of their own
+PARTS_OF_BASE = ("bias", "scores", "window", "anchor-dtype", "query-stride")  # they learn no tables of their own
 PUBLISHED_WEIGHTS = {"key": "anchor_score", "value": "accumulated_attention"}
 
 
@@ -52,6 +52,7 @@ class Ablations:
     def all(self) -> list[Variant]:
         parts = (
             self.kmeans,
+            self.bias,
             self.scores,
             self.windows,
             self.sizes,
@@ -75,11 +76,19 @@ class Ablations:
         statistics: Callable[[], Statistics] | None = None,
     ) -> AnTKVCodebook:  # fmt: skip
         found = (statistics or self.bench.statistics)()
-        return learned(found, name, config, learn(found))
+        return learned(found, name, config, learn(found), noise=getattr(learn, "func", learn) is own)
 
     def _changed(self, query_stride: int = 1, **changes) -> Subject:
         book = self.base()
         return Subject(book.config.replace(**changes), book, query_stride=query_stride)
+
+    def _raised(self, factor: float) -> Subject:
+        book = self.base()
+        tables = {
+            layer: (replace(key, noise=key.noise * factor if factor and key.noise is not None else None), value)
+            for layer, (key, value) in book.tables.items()
+        }
+        return Subject(book.config, AnTKVCodebook(book.config, tables, book.model))
 
     def _learned(self, *given, **options) -> Subject:
         book = self.tables(*given, **options)
@@ -95,6 +104,13 @@ class Ablations:
         yield Variant("kmeans", "this library's basis and metric", "no weights", unweighted)
         weighted = partial(self._learned, "ours-1bit", own)
         yield Variant("kmeans", "this library's basis and metric", "squared gradient", weighted)
+
+    def bias(self) -> Iterator[Variant]:
+        for factor in (0.0, 0.5, 1.0, 2.0):
+            subject = partial(self._raised, factor)
+            yield Variant(
+                "bias", "bias of coded tokens", f"{factor:g} x", subject, BOTH if factor in (0, 1) else ("S128",)
+            )
 
     def scores(self) -> Iterator[Variant]:
         none = partial(self._changed, anchor_score="none")
