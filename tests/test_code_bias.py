@@ -15,7 +15,7 @@ from antkv_hf.codecs import VectorQuantizer
 from antkv_hf.config import AnchorConfig, AnTKVConfig, VQSpec
 from antkv_hf.evaluation.protocols import Protocol, ProtocolEvaluator
 from antkv_hf.evaluation.windowed import windowed_attention
-from antkv_hf.reference.code_bias import code_bias, with_bias_channel
+from antkv_hf.reference.code_bias import LARGEST, code_bias, with_bias_channel
 from antkv_hf.rotary import Rotary
 
 WINDOW, CHUNK = 16, 8
@@ -62,6 +62,7 @@ def test_formula(spec):
         expected = sum(0.5 * 0.3**2 * part @ noise[h, s] @ part for s, part in enumerate(q))
         torch.testing.assert_close(found[b, h, g, i], expected)
     assert (found >= 0).all()
+    assert code_bias(100 * query, noise, order, 0.3).max() == LARGEST
 
 
 def test_it_restores_the_mass_of_many_coded_tokens():
@@ -200,6 +201,16 @@ def test_noise_is_the_covariance_of_what_codes_lose(llama, config):
     torch.testing.assert_close(all_coded, covariance, atol=1e-4, rtol=1e-3)
 
 
+def test_a_codebook_without_layers_for_it_is_refused(llama, config):
+    from test_texts import word_tokenizer
+
+    from antkv_hf.calibration import measure_noise
+
+    dense = random_codebook(llama, config.replace(rope="none"))
+    with pytest.raises(ValueError, match="none of the 2 layers codes its keys before RoPE"):
+        measure_noise(llama, word_tokenizer(), ["a b c " * 400], dense, window=32, windows=2, progress=False)
+
+
 def test_windows_must_be_longer_than_the_exact_window(llama, book):
     with pytest.raises(ValueError, match="windows of 16 tokens lie within the exact window of 16: give longer ones"):
         with_noise(llama, book, ids(1, 16))
@@ -222,9 +233,11 @@ def test_a_codebook_keeps_it(llama, config, book, tmp_path):
 
 def test_what_is_no_covariance_is_refused(config, book):
     key, value = book.tables[0]
-    broken = key.noise.clone()
+    broken, lopsided = key.noise.clone(), key.noise.clone()
     broken[1, 0, 3, 3] = -50.0
+    lopsided[1, 0, 2, 3] += 1.0
     for noise, message in (
+        (lopsided, "layer 0, key tables: noise is no covariance: it is not symmetric"),
         (broken, "layer 0, key tables: noise is no covariance: its smallest eigenvalue is -5"),
         (key.noise[:, :1], r"layer 0, key tables: noise has shape \(2, 1, 8, 8\), but \(2, 2, 8, 8\) is needed"),
     ):

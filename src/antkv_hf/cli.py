@@ -219,7 +219,7 @@ def calibrate(
     Fine-tuning runs on one GPU; with --work-dir a stopped run goes on. An existing codebook:
     antkv calibrate smollm2 wiki.txt code/ --from smollm2-135m-instruct-1bit --finetune 150 -o tuned
 
-    The same without --finetune measures what its codes lose, as older codebooks need it (a minute, also on a CPU).
+    The same without --finetune measures what its codes lose, as older codebooks need it: 8 windows are read.
 
     Several GPUs share the work, each with the whole model; the tables are those of one:
     torchrun --nproc-per-node 4 -m antkv_hf.cli calibrate ... (or accelerate launch -m antkv_hf.cli calibrate ...)
@@ -261,13 +261,13 @@ def calibrate(
     for _, config, _ in runs if finetune else ():  # before k-means, which takes minutes
         numbers = Numbers(steps=finetune, tokens=tokens, window=finetune_window)
         numbers.check_text((given.config if given else config).window, "--finetune-window")
-    mix = TextMix.from_sources(texts)
+    mix, window = TextMix.from_sources(texts), 2048 if window is None else window
     with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(on_cpu(device)) as processes:
         loaded, tokenizer = _load_model(model, device_of(device, processes.local_rank), dtype)
         for name, config, spread in runs:
             folder = output if len(runs) == 1 else output / name
             codebook = given or learn(
-                loaded, tokenizer, mix, config, tokens=tokens, window=2048 if window is None else window, seed=seed,
+                loaded, tokenizer, mix, config, tokens=tokens, window=window, seed=seed,
                 samples=131072 if samples is None else samples,
                 work_dir=work_dir or scratch, base_model=base_model or (REPO if model == WORD else None),
                 license=license, mixed=spread,
@@ -275,7 +275,7 @@ def calibrate(
             if processes.rank:
                 continue
             if given is not None and not finetune:
-                codebook = measure_noise(loaded, tokenizer, mix, given, window=window or 2048, seed=seed)
+                codebook = measure_noise(loaded, tokenizer, mix, given, window=window, seed=seed)
             if finetune:
                 codebook = tune(
                     loaded, tokenizer, mix, codebook, steps=finetune, tokens=tokens, window=finetune_window, seed=seed,

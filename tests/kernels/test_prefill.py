@@ -6,7 +6,7 @@ from antkv import prefill
 from antkv.prefill import merge_, prefill_attention
 from builders import assert_near, poison_empty, quantized_past, random_codec, random_snapshot
 
-from antkv_hf.attention.triton_backend import code_bias
+from antkv_hf.attention.triton_backend import bias_and_exact
 from antkv_hf.reference.attention import Visibility, attention
 
 # Output relative to its largest value; LSE absolute. 16-bit keys and values are rounded once more than the codes are.
@@ -29,7 +29,7 @@ def check(
     out, lse = prefill_attention(
         query, quantized_past(snapshot), snapshot.tail_keys, snapshot.tail_values, scale=scale, mask=mask,
         is_causal=is_causal, softcap=softcap, sink_logit=sink, segment=segment,
-        code_bias=code_bias(snapshot, query, scale),
+        code_bias=bias_and_exact(snapshot, query, scale),
     )  # fmt: skip
     assert out.dtype == dtype and lse.dtype == torch.float32
     tolerance, lse_tolerance = TOLERANCE[dtype]
@@ -69,6 +69,26 @@ def test_rope_and_anchors(rope, anchors):
 @pytest.mark.parametrize("noise", [False, True])
 def test_exact_sets(sinks, fraction, noise):
     check(CPU, torch.float32, sinks=sinks, fraction=fraction, noise=noise, q_len=7)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 0.02)])
+@pytest.mark.parametrize("size", [3.0, 300.0])
+def test_large_bias_beside_a_sink_that_takes_nearly_all(dtype, tolerance, size):
+    """What is subtracted is nearly all there is: digits are lost (as many as exp(3) has), nothing is NaN."""
+    codec = random_codec("d8b8", "d8b8", 2, 32)
+    codec.key.noise.mul_(size)
+    snapshot = random_snapshot(codec, 1, 96, 30, dtype)
+    sink = snapshot.exact_tokens[0].keys[:, :, 0].repeat_interleave(2, 1).unsqueeze(2).float()
+    query = (3 * sink + torch.randn(1, 4, 9, 32)).to(dtype)
+    bias = codec.code_bias(query.unflatten(1, (2, 2)), 0.2)
+    assert bias.max() <= 3 and (size < 10 or bias.min() == 3)
+    expected, expected_lse = attention(snapshot, query, Visibility(None, True, 9, 126), 0.2)
+    out, lse = prefill_attention(
+        query, quantized_past(snapshot), snapshot.tail_keys, snapshot.tail_values, scale=0.2,
+        code_bias=bias_and_exact(snapshot, query, 0.2), segment=64,
+    )  # fmt: skip
+    assert_near(out, expected.flatten(1, 2), tolerance)
+    torch.testing.assert_close(lse, expected_lse.flatten(1, 2), atol=0.01, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dim, value_dim", [(64, 64), (80, 80), (64, 32)])

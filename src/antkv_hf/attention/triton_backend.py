@@ -8,7 +8,7 @@ from antkv.decode_attention import decode_attention
 from antkv.decode_plan import MIN_ROWS
 from antkv.encode import encode_keys, encode_values
 from antkv.past import ExactTokens, QuantizedPast
-from antkv.prefill import CodeBias, prefill_attention
+from antkv.prefill import BIAS_ROWS, CodeBias, prefill_attention
 from antkv.static_step import add_column_statistic, add_query_moment, append_token
 
 from ..codecs import LayerCodec
@@ -54,7 +54,7 @@ class TritonBackend:
                 out, lse = self.decode_attention(query, quantized, *tail, **options)
             else:
                 CALLS["triton.prefill_attention"] += 1
-                bias = code_bias(past, query, scale)
+                bias = bias_and_exact(past, query, scale)
                 out, lse = prefill_attention(
                     query, quantized, past.tail_keys, past.tail_values, code_bias=bias, **options
                 )
@@ -149,18 +149,21 @@ class TritonBackend:
         )
 
 
-def code_bias(past: Snapshot, query: torch.Tensor, scale: float) -> CodeBias | None:
-    """The bias of the past's coded tokens, with the exact ones, which it does not concern."""
-    kv_heads = past.tail_keys.shape[1]
-    bias = past.codec.code_bias(grouped(query, kv_heads), scale) if past.coded_length else None
-    if bias is None:
+def bias_and_exact(past: Snapshot, query: torch.Tensor, scale: float) -> CodeBias | None:
+    """The bias of the past's coded tokens, with the exact ones, which it does not concern; None: there is none."""
+    heads = past.tail_keys.shape[1]
+    if not past.coded_length:
+        return None
+    rows = query.split(BIAS_ROWS, 2)  # float32 copies of a long chunk are large
+    parts = [bias for x in rows if (bias := past.codec.code_bias(grouped(x, heads), scale)) is not None]
+    if not parts:
         return None
     read = [tokens.read(past.codec, past.offset, past.key_center) for tokens in past.exact_tokens]
     empty = past.tail_keys[:, :, :0], past.tail_values[:, :, :0]
-    keys, values = (torch.cat([x.to(query.dtype) for x in parts], 2) for parts in zip(*read, empty))
-    positions = [tokens.positions for tokens in past.exact_tokens]
+    keys, values = (torch.cat([x.to(query.dtype) for x in kept], 2) for kept in zip(*read, empty))
     none = torch.empty(*keys.shape[:2], 0, dtype=torch.int32, device=keys.device)
-    return CodeBias(bias.flatten(1, 2), keys, values, torch.cat([*positions, none], 2))
+    positions = torch.cat([*(tokens.positions for tokens in past.exact_tokens), none], 2)
+    return CodeBias(torch.cat(parts, 3).flatten(1, 2), keys, values, positions)
 
 
 def decodes(query: torch.Tensor, kv_heads: int) -> bool:

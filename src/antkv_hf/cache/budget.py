@@ -254,7 +254,7 @@ def _code_bytes(key, value, coded: int, batch: int, heads: int, key_dim: int, va
 
 def _loaded_bytes(spec: VQSpec, dim: int, permuted: bool) -> int:
     """Bytes of one kv head's tables in `VectorQuantizer`: centroids (for a permutation also those to encode by), basis
-    (there also the noise) and mean in float32, permutation and its inverse in int64."""
+    (there also the noise, which older codebooks have not) and mean in float32, permutation and its inverse in int64."""
     centroids = 2 * spec.table_bytes(dim)
     if permuted:
         return 2 * centroids + 4 * dim + 2 * 8 * dim + 2 * 4 * spec.groups(dim) * spec.sub_dim**2

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from ..codebook import AnTKVCodebook
 from ..codecs import VectorQuantizer
-from ..evaluation.perplexity import one_shot_losses
 from ..evaluation.protocols import AttentionCall, Protocol, ProtocolEvaluator, Read
 from ..texts import TextMix, mix_windows
 from .checks import check_model
@@ -46,13 +45,19 @@ def measure_noise(
         The codebook without measured rows; ``calibration["noise"]`` says what was read.
 
     Raises:
-        ValueError: too little text, windows within the exact window, a codebook of another model.
+        ValueError: too little text, windows within the exact window, a codebook of another model, or one without a
+            layer that can have noise.
     """
     mix = TextMix.of(texts)
     check_model(model)
     text = mix_windows(tokenizer, mix, window, windows, seed)
     with frozen_for_statistics(model):
         book = with_noise(model, codebook, text, progress)
+    if all(key.noise is None for key, _ in book.tables.values()):
+        raise ValueError(
+            f"none of the {len(book.tables)} layers codes its keys before RoPE in a permutation, so there is no noise "
+            "to measure: the codebook works as it is"
+        )
     read = {
         "sources": list(sources) if sources is not None else mix.describe(),
         "tokens": text.numel(),
@@ -75,7 +80,7 @@ def with_noise(
         model: the codebook's model. windows: token windows ``(count, n)``, longer than the codebook's exact window.
 
     Raises:
-        ValueError: as `ProtocolEvaluator`, or for windows in which nothing is coded.
+        ValueError: as `ProtocolEvaluator`, for windows within the exact window, or in which nothing remains coded.
     """
     window = codebook.config.window
     if windows.shape[1] <= window:
@@ -101,12 +106,17 @@ def with_noise(
         return Read(call.keys, call.values)
 
     evaluator.read_back = measure
-    with evaluator.active():
+    with torch.no_grad(), evaluator.active():
         for row in tqdm(windows, desc="noise", unit="window", disable=not progress):
-            one_shot_losses(model, row.unsqueeze(0).to(model.device), last=1)
+            model(input_ids=row.unsqueeze(0).to(model.device), use_cache=False)
     tables = dict(codebook.tables)
     for layer, product in products.items():
         key, value = tables[layer]
-        noise = product / counts[layer].clamp_min(1).view(-1, 1, 1, 1)
+        if (fewest := int(counts[layer].min())) == 0:
+            raise ValueError(
+                f"layer {layer}: {fewest} tokens of {windows.shape[1]} remain coded in a kv head, the others are "
+                "anchors or sinks: give longer windows"
+            )
+        noise = product / counts[layer].view(-1, 1, 1, 1)
         tables[layer] = (replace(key, noise=((noise + noise.mT) / 2).float()), value)
     return AnTKVCodebook(codebook.config, tables, codebook.model, codebook.calibration, codebook.evaluation)

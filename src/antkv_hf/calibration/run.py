@@ -158,11 +158,11 @@ def calibrate(
         tables, errors = _tables(config, rotary, folder)
         with frozen_for_statistics(model):
             book = AnTKVCodebook(config, tables, described)
-            if window > config.window:
-                spread = torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()
-                book = with_noise(model, book, windows[spread], progress and processes.rank == 0)
             if mixed is not None and sensitivity is not None:
                 sensitivity["measured"] = measured(model, mixed, book, windows, folder)
+            if window > config.window:  # text is drawn anew: on what tables were fitted to, codes lose less
+                fresh = mix_windows(tokenizer, mix, window, min(WINDOWS, len(windows)), seed + 1)
+                book = with_noise(model, book, fresh, progress and processes.rank == 0)
         processes.wait()  # until all have read the tables
     made = {
         "sources": list(sources) if sources is not None else mix.describe(),

@@ -135,13 +135,18 @@ class Student:
             read_keys, read_values, coded = self._read(
                 codec, key.live(), value.live(), query, keys, values, scale, softcap, sink_logit
             )
+
+        def answer(query, keys, values, read_keys, read_values):
             bias = codec.code_bias(grouped(query, keys.shape[1]), scale)
             bias = None if bias is None else bias.flatten(1, 2)
-        # Its expanded keys are made again in the backward pass, not held by every layer at once.
+            return windowed_attention(
+                query, keys, values, read_keys, read_values, self.window, scale, softcap, sink_logit, bias, coded
+            )
+
+        # What it expands is made again in the backward pass, not held by every layer at once.
         return checkpoint(
-            windowed_attention, query, keys, values, read_keys, read_values, self.window, scale, softcap, sink_logit,
-            bias, coded, use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
+            answer, query, keys, values, read_keys, read_values, use_reentrant=False, preserve_rng_state=False
+        )
 
     def _read(
         self, codec: LayerCodec, key: VectorQuantizer, value: VectorQuantizer, query, keys, values, scale: float,
@@ -196,11 +201,9 @@ def windowed_attention(
     n, group = query.shape[2], query.shape[1] // keys.shape[1]
     width, capped = values.shape[-1], softcap is not None or sink_logit is not None
     if bias is not None and not capped:  # as one more channel; fused kernels take widths of a multiple of 8
-        recent = keys.new_zeros(coded.shape, dtype=torch.bool)
-        keys = with_bias_channel(query, keys, bias, recent, scale)[1]
         query, read_keys = with_bias_channel(query, read_keys, bias, coded, scale)
         fill = -query.shape[-1] % 8
-        query, keys, read_keys = (pad(x, (0, fill)) for x in (query, keys, read_keys))
+        query, keys, read_keys = pad(query, (0, fill)), pad(keys, (0, 1 + fill)), pad(read_keys, (0, fill))
         values, read_values = (pad(x, (0, query.shape[-1] - width)) for x in (values, read_values))
 
     def attend(rows: slice, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, old: int) -> torch.Tensor:

@@ -91,8 +91,9 @@ class LayerCodec:
 
     def code_bias(self, query: torch.Tensor, scale: float) -> torch.Tensor | None:
         """What logits of coded tokens get, for grouped queries after RoPE (`reference.code_bias`); None: nothing."""
-        if not isinstance(self.key, VectorQuantizer) or self.key.noise is None or self.key.permutation is None:
+        if not isinstance(self.key, VectorQuantizer) or self.key.noise is None:
             return None
+        assert self.key.permutation is not None  # `VQTables.check`
         return code_bias(query, self.key.noise, self.key.permutation, scale)
 
     def memory_bytes(self) -> int:

@@ -31,8 +31,8 @@ class VQTables:
         metric_root: ``(kv_heads, groups, sub_dim, sub_dim)``, with `permutation` only.
         synthesis: ``(kv_heads, head_dim, head_dim)``, latent to plain, or None.
         noise: of keys, with `permutation` only: ``(kv_heads, groups, sub_dim, sub_dim)``, covariance of what the codes
-            lose of a sub-vector after RoPE, see `reference.code_bias`. None (as in codebooks of format 1 and 2): logits
-            of coded tokens are not corrected.
+            lose of a sub-vector after RoPE, see `reference.code_bias`; fine-tuning holds it as it was. None (as in
+            codebooks of format 1 and 2): logits of coded tokens are not corrected.
     """
 
     centroids: torch.Tensor
@@ -74,8 +74,10 @@ class VQTables:
         if self.noise is not None:
             if self.permutation is None:
                 raise ValueError("noise goes with a permutation of keys, but these tables have a synthesis")
+            if not torch.allclose(self.noise, self.noise.mT):
+                raise ValueError("noise is no covariance: it is not symmetric")
             values = torch.linalg.eigvalsh(self.noise.cpu().double())
-            if float(values.min()) < -1e-4 * float(values.max()) or not torch.allclose(self.noise, self.noise.mT):
+            if float(values.min()) < -1e-4 * float(values.max()):
                 raise ValueError(f"noise is no covariance: its smallest eigenvalue is {float(values.min()):g}")
         if self.permutation is not None:
             order = torch.arange(head_dim, device=self.permutation.device).expand(kv_heads, head_dim)

@@ -7,21 +7,23 @@ from torch.nn.functional import pad
 
 from ..attention.exact import exact_attention
 from ..codecs import IdentityCodec, LayerCodec
-from ..reference.attention import Visibility, grouped
+from ..reference.attention import Visibility, grouped, logits_of
 from ..reference.attention import attention as reference_attention
 from ..reference.code_bias import with_bias_channel
 from ..storage import Snapshot
+
+ROWS = 512  # queries whose logits are held at a time
 
 
 def exact_with_lse(
     query, keys, values, scale, softcap=None, sink_logit=None, mask=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact causal attention ``(batch, kv_heads, group, n, value_dim)`` and its log-sum-exp ``(..., n)``; an additive
-    `mask` stands in for causality."""
-    n = query.shape[2]
+    `mask` stands in for causality, and then there may be fewer queries than keys."""
+    q_len, n = query.shape[2], keys.shape[2]
     offset = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
     past = Snapshot(LayerCodec(IdentityCodec(), IdentityCodec()), None, None, (), keys, values, offset)
-    view = Visibility(mask, n > 1 and mask is None, n, n)
+    view = Visibility(mask, q_len > 1 and mask is None, q_len, n)
     # the LSE of the fused kernel has no gradient
     fused = softcap is None and sink_logit is None and mask is None and not torch.is_grad_enabled()
     answer = exact_attention(past, query, view, scale) if fused else None
@@ -44,9 +46,9 @@ def windowed_attention(
     read_keys, read_values = read_keys.float(), read_values.float()
     if not window:
         return _old_attention(query, read_keys, read_values, scale, softcap, sink_logit, bias, coded)[0].flatten(1, 2)
+    if window >= keys.shape[2]:
+        return exact_with_lse(query, keys, values, scale, softcap, sink_logit)[0].flatten(1, 2)
     out, lse = _recent_attention(query, keys, values, window, scale, softcap, sink_logit)
-    if keys.shape[2] <= window:
-        return out.flatten(1, 2)
     # Old tokens of query i are 0..i - window: a causal square, seen from the first query that has any.
     if bias is not None:
         bias, coded = bias[:, :, window:], coded[:, :, :-window]
@@ -68,34 +70,35 @@ def _old_attention(query, keys, values, scale: float, softcap, sink_logit, bias,
         # values as wide as the keys, for the fused kernel
         out, lse = exact_with_lse(query, keys, pad(values, (0, 1)), scale, None, sink_logit)
         return out[..., :-1], lse
-    # A bias comes after the cap, so it cannot be part of the product: it joins as a mask, which is large.
-    n = keys.shape[2]
-    group = query.shape[1] // keys.shape[1]
-    mask = bias.unsqueeze(-1) * coded.repeat_interleave(group, 1).unsqueeze(2)
-    mask = mask.masked_fill(torch.ones(n, n, dtype=torch.bool, device=mask.device).triu_(1), float("-inf"))
-    return exact_with_lse(query, keys, values, scale, softcap, sink_logit, mask)
+    # A bias comes after the cap, so it cannot be part of the product: it joins as a mask, of some rows at a time.
+    n, coded = keys.shape[2], coded.repeat_interleave(query.shape[1] // keys.shape[1], 1).unsqueeze(2)
+    parts = []
+    for start in range(0, n, ROWS):
+        stop = min(start + ROWS, n)
+        hidden = torch.arange(stop, device=keys.device) > torch.arange(start, stop, device=keys.device).unsqueeze(1)
+        mask = (bias[:, :, start:stop, None] * coded[..., :stop]).masked_fill(hidden, float("-inf"))
+        seen = keys[:, :, :stop], values[:, :, :stop]
+        parts.append(exact_with_lse(query[:, :, start:stop], *seen, scale, softcap, sink_logit, mask))
+    outs, lses = zip(*parts)
+    return torch.cat(outs, 3), torch.cat(lses, 3)
 
 
 def _recent_attention(query, keys, values, window: int, scale: float, softcap, sink_logit):
-    """Attention of each query over its last `window` keys, a window of queries at a time: output and LSE as
-    `exact_with_lse`."""
+    """Attention of each query over its last `window` keys: output and LSE as `exact_with_lse`."""
     kv_heads, n = keys.shape[1:3]
-    blocks, fill = -(-n // window), -n % window
-    q = pad(grouped(query, kv_heads), (0, 0, 0, fill)).unflatten(3, (blocks, window))
-
-    def with_previous(x: torch.Tensor) -> torch.Tensor:  # (batch, kv_heads, 1, blocks, 2 * window, dim)
-        x = pad(x, (0, 0, window, fill)).unflatten(2, (blocks + 1, window))
-        return torch.cat([x[:, :, :-1], x[:, :, 1:]], 3).unsqueeze(2)
-
-    logits = scale * q @ with_previous(keys).mT
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    row, column = torch.arange(window, device=keys.device).unsqueeze(1), torch.arange(2 * window, device=keys.device)
-    hidden = ((column <= row) | (column > row + window)).repeat(blocks, 1, 1)
-    hidden[0] |= column < window  # nothing comes before the first block
-    logits = logits.masked_fill_(hidden, float("-inf"))
-    lse = logits.logsumexp(-1, keepdim=True)
-    if sink_logit is not None:  # takes part in the denominator only
-        lse = torch.logaddexp(lse, sink_logit.float().view(1, kv_heads, -1, 1, 1, 1))
-    out = (logits - lse).exp() @ with_previous(values)
-    return out.flatten(3, 4)[:, :, :, :n], lse.squeeze(-1).flatten(3, 4)[..., :n]
+    q_all, parts = grouped(query, kv_heads), []
+    rows = min(window, ROWS)  # at a time: as many as make half of what is computed count, or as memory allows
+    for start in range(0, n, rows):
+        stop, first = min(start + rows, n), max(start - window + 1, 0)
+        row = torch.arange(start, stop, device=keys.device).unsqueeze(1)
+        column = torch.arange(first, stop, device=keys.device)
+        logits = logits_of(q_all[:, :, :, start:stop], keys[:, :, first:stop], scale, softcap)
+        logits = logits.masked_fill((column > row) | (column <= row - window), float("-inf"))
+        lse = logits.logsumexp(-1, keepdim=True)
+        if sink_logit is not None:  # takes part in the denominator only
+            lse = torch.logaddexp(lse, sink_logit.float().view(1, kv_heads, -1, 1, 1))
+        weights = (logits - lse).exp().flatten(2, 3)
+        out = (weights @ values[:, :, first:stop]).view(*lse.shape[:-1], -1)
+        parts.append((out, lse.squeeze(-1)))
+    outs, lses = zip(*parts)
+    return torch.cat(outs, 3), torch.cat(lses, 3)

@@ -11,16 +11,19 @@ so coded tokens weigh too little beside exact ones (window, anchors, sinks) unle
 summed over sub-vectors g, which are coded apart, so that their errors have little to do with each other. It depends on
 the query alone: it joins once a query, where the parts of an attention are merged. N is that of keys after RoPE,
 averaged over the positions on which it was measured. Far beyond them only the share of N that couples different RoPE
-pairs is stale; b stays at least 0.
+pairs is stale. b is held within 0 and `LARGEST`: the second cumulant says little so far out, and kernels that subtract
+(for the chunk of a prompt) lose as many digits as exp(b) has.
 """
 
 from __future__ import annotations
 
 import torch
 
+LARGEST = 3.0  # nats: twenty-fold; kernels/antkv/torch-ext/antkv/merge_splits.py holds to the same
+
 
 def code_bias(query: torch.Tensor, noise: torch.Tensor, permutation: torch.Tensor, scale: float) -> torch.Tensor:
-    """b(q) for each query, at least 0.
+    """b(q) for each query, between 0 and `LARGEST`.
 
     Args:
         query: ``(batch, kv_heads, group, q_len, head_dim)`` after RoPE.
@@ -34,7 +37,8 @@ def code_bias(query: torch.Tensor, noise: torch.Tensor, permutation: torch.Tenso
     heads, groups, d = noise.shape[:3]
     q = query.float().gather(-1, permutation.view(1, heads, 1, 1, -1).expand(query.shape))
     q = q.unflatten(-1, (groups, d)).movedim(-2, 2)  # (batch, kv_heads, sub-vectors, group, q_len, d)
-    return ((q @ noise.float().view(1, heads, groups, 1, d, d)) * q).sum((2, 5)) * (0.5 * scale**2)
+    bias = ((q @ noise.float().view(1, heads, groups, 1, d, d)) * q).sum((2, 5)) * (0.5 * scale**2)
+    return bias.clamp(0.0, LARGEST)
 
 
 def with_bias_channel(

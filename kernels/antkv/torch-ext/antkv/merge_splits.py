@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import head_block
+from .checks import head_block, require
 from .softmax import LOG2E
 from .tables import KeyTables, ValueTables
+
+LARGEST_BIAS = tl.constexpr(3.0)  # nats: a prompt's chunk subtracts what exact tokens would get, see prefill.py
 
 
 @triton.jit
@@ -28,14 +30,15 @@ def _load_part(
 
 @triton.jit
 def _code_bias(p_row, p_channels, p_noise, scale, D: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr):
-    """b(q) = scale^2 / 2 sum_g q_g . noise_g q_g of the query at `p_row`."""
+    """b(q) = scale^2 / 2 sum_g q_g . noise_g q_g of the query at `p_row`, at most LARGEST_BIAS."""
     g = tl.arange(0, BD // SUB)[:, None]
     i = tl.arange(0, SUB)[None, :]
     m = g < D // SUB
     q = tl.load(p_row + tl.load(p_channels + g * SUB + i, mask=m, other=0), mask=m, other=0.0).to(tl.float32) * scale
     p = p_noise + (g[:, :, None] * SUB + i[:, :, None]) * SUB + tl.arange(0, SUB)[None, None, :]
     noise = tl.load(p, mask=m[:, :, None], other=0.0)  # [groups, SUB, SUB]
-    return 0.5 * tl.sum(tl.sum(tl.sum(noise * q[:, :, None] * q[:, None, :], 2), 1), 0)
+    bias = 0.5 * tl.sum(tl.sum(tl.sum(noise * q[:, :, None] * q[:, None, :], 2), 1), 0)
+    return tl.minimum(tl.maximum(bias, 0.0), LARGEST_BIAS)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -124,6 +127,9 @@ def merge_splits(
     if query is None or keys is None or keys.noise is None:
         noise, sizes = (out, 0, 0, 0, out, out, 1.0), dict(D=dim, BD=head_block(dim), SUB=1, NOISE=False)
     else:
+        want = (heads, keys.codes.groups, keys.codes.sub_dim, keys.codes.sub_dim)
+        fits = keys.noise.shape == want and keys.noise.dtype == torch.float32 and keys.noise.is_contiguous()
+        require(fits, f"noise is {tuple(keys.noise.shape)} {keys.noise.dtype}; contiguous float32 {want} is needed")
         noise = (query, *query.stride()[:3], keys.channels, keys.noise, scale)
         sizes = dict(D=query.shape[3], BD=head_block(query.shape[3]), SUB=keys.codes.sub_dim, NOISE=True)
     splits = parts if tables is None else parts // 2

@@ -27,6 +27,8 @@ from .flash_attention import cudnn_answers, exact_attention
 from .past import QuantizedPast
 
 SEGMENT = 16384  # tokens of all sequences together that are dense at a time: 67 MB for 8 heads of 128 in 16 bits
+BIAS_ROWS = 1024  # queries whose exact tokens are looked at again at a time: bounds the gathered mask
+Answer = tuple[torch.Tensor, torch.Tensor]  # output and LSE
 MIN_SEGMENT = 4096  # of one sequence: a shorter one spends its time on merging
 
 
@@ -47,7 +49,8 @@ class CodeBias(NamedTuple):
     """What the logits of coded tokens get, and the tokens of the past that are not coded.
 
     Args:
-        bias: float32 ``(batch, q_heads, q_len)``, natural log, at least 0.
+        bias: float32 ``(batch, q_heads, q_len)``, natural log, at least 0 and small: the formula above loses as many
+            digits as ``exp(bias)`` has where exact tokens hold nearly all of the attention.
         keys, values: exact tokens ``(batch, kv_heads, m, dim)`` in the query's dtype, keys after RoPE.
         positions: int ``(batch, kv_heads, m)``, their index in the sequence, -1 for an empty slot.
     """
@@ -171,21 +174,12 @@ def prefill_attention(
         require(found == (query.shape[1],), f"sink_logit has shape {found}; ({query.shape[1]},) is needed")
 
     options = dict(scale=scale, softcap=softcap)
-    out = lse = None
-    for over_past in (True, False):
-        if over_past:
-            parts = _past_parts(query, past, tail_keys, tail_values, mask, segment, **options)
-        else:
-            parts = _tail_parts(query, coded, tail_keys, tail_values, mask, is_causal, **options)
-        for part, part_lse in parts:
-            if out is None or lse is None:
-                out, lse = part, part_lse
-            else:
-                out = out.float()
-                lse = merge_(out, lse, part, part_lse)
-        if over_past and code_bias is not None and out is not None and lse is not None:
-            out, lse = _raised(out.float(), lse, query, code_bias, mask, **options)
-    assert out is not None and lse is not None
+    found = _merged(None, _past_parts(query, past, tail_keys, tail_values, mask, segment, **options))
+    if found is not None and code_bias is not None:
+        found = _raised(*found, query, code_bias, mask, **options)
+    found = _merged(found, _tail_parts(query, coded, tail_keys, tail_values, mask, is_causal, **options))
+    assert found is not None  # there are keys
+    out, lse = found
     if sink_logit is not None:
         sink = sink_logit.float().view(1, -1, 1)
         out = out * torch.sigmoid(lse - sink).unsqueeze(-1)  # exp(lse) / (exp(lse) + exp(sink)); 0 where lse is -inf
@@ -193,10 +187,21 @@ def prefill_attention(
     return out.to(query.dtype), lse
 
 
+def _merged(found: Answer | None, parts: Iterator[Answer]) -> Answer | None:
+    """Output and LSE over what `found` and `parts` have answered."""
+    for part, part_lse in parts:
+        if found is None:
+            found = part, part_lse
+        else:
+            out, lse = found[0].float(), found[1]
+            found = out, merge_(out, lse, part, part_lse)
+    return found
+
+
 def _past_parts(
     query: torch.Tensor, past: QuantizedPast | DensePast | None, tail_keys: torch.Tensor, tail_values: torch.Tensor,
     mask: torch.Tensor | None, segment: int, **options,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+) -> Iterator[Answer]:  # fmt: skip
     """Output and LSE over each segment of the past. The next one overwrites a segment's keys."""
     if past is None or past.length == 0:
         return
@@ -221,7 +226,7 @@ def _past_parts(
 def _tail_parts(
     query: torch.Tensor, coded: int, tail_keys: torch.Tensor, tail_values: torch.Tensor, mask: torch.Tensor | None,
     is_causal: bool, **options,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+) -> Iterator[Answer]:  # fmt: skip
     """Output and LSE over the tail, in one part or two."""
     q_len, n_tail = query.shape[2], tail_keys.shape[2]
     if not n_tail:
@@ -236,25 +241,37 @@ def _tail_parts(
 
 def _raised(
     out: torch.Tensor, lse: torch.Tensor, query: torch.Tensor, code_bias: CodeBias, mask: torch.Tensor | None, **options
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and LSE over the past with the bias of its coded tokens (formula above)."""
+) -> Answer:  # fmt: skip
+    """Output and LSE over the past with the bias of its coded tokens (formula above); some rows at a time."""
     bias, keys, values, positions = code_bias
-    if keys.shape[2] == 0:
+    kept, group = keys.shape[2], query.shape[1] // keys.shape[1]
+    for name, x, want in (
+        ("bias", bias, query.shape[:3]),
+        ("keys", keys, (query.shape[0], keys.shape[1], kept, query.shape[3])),
+        ("values", values, (query.shape[0], keys.shape[1], kept, out.shape[3])),
+        ("positions", positions, (query.shape[0], keys.shape[1], kept)),
+    ):
+        require(x.shape == want, f"code_bias: {name} have shape {tuple(x.shape)}; {tuple(want)} is needed")
+    if kept == 0:
         return out, lse + bias
-    group = query.shape[1] // keys.shape[1]
-    positions = positions.repeat_interleave(group, 1).unsqueeze(2)  # (batch, q_heads, 1, m)
-    visible = positions >= 0
-    if mask is not None:
-        index = positions.clamp_min(0).long().expand(-1, -1, mask.shape[2], -1)
-        found = mask.expand(*index.shape[:3], -1).gather(3, index)
-        hidden = False if mask.dtype == torch.bool else float("-inf")
-        visible = found.masked_fill(~visible, hidden)
-    exact, exact_lse = exact_attention(query, keys, values, mask=visible.contiguous(), **options)
-    share = (exact_lse - lse).clamp_max(0.0).exp()
-    share = (-torch.expm1(-bias) * share).nan_to_num(0.0)  # a query that sees nothing: -inf - -inf
-    rest = 1.0 - share
-    out = (out - share.unsqueeze(-1) * exact.float()) / rest.unsqueeze(-1)
-    return out, lse + bias + rest.log()
+    positions = positions.repeat_interleave(group, 1).unsqueeze(2)  # (batch, q_heads, 1, kept)
+    empty, index = positions < 0, positions.clamp_min(0).long()
+    raised, raised_lse = torch.empty_like(out, dtype=torch.float32), torch.empty_like(lse)
+    for start in range(0, query.shape[2], BIAS_ROWS):
+        rows = slice(start, start + BIAS_ROWS)
+        visible = ~empty
+        if mask is not None:
+            part = mask if mask.shape[2] == 1 else mask[:, :, rows]
+            at = index.expand(-1, -1, part.shape[2], -1)
+            found = part.expand(*at.shape[:3], -1).gather(3, at)
+            visible = found.masked_fill_(empty, False if mask.dtype == torch.bool else float("-inf"))
+        exact, exact_lse = exact_attention(query[:, :, rows], keys, values, mask=visible, **options)
+        share = (exact_lse - lse[:, :, rows]).clamp_max(0.0).exp()
+        share = (-torch.expm1(-bias[:, :, rows]) * share).nan_to_num(0.0)  # a query that sees nothing: -inf - -inf
+        rest = 1.0 - share
+        raised[:, :, rows] = (out[:, :, rows] - share.unsqueeze(-1) * exact) / rest.unsqueeze(-1)
+        raised_lse[:, :, rows] = lse[:, :, rows] + bias[:, :, rows] + rest.log()
+    return raised, raised_lse
 
 
 def _segment_length(coded: int, batch: int, segment: int) -> int:
