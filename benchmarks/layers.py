@@ -24,7 +24,7 @@ def llama_rotary(head_dim: int = HEAD_DIM) -> Rotary:
 def random_tables(
     spec: VQSpec, kv_heads: int = KV_HEADS, head_dim: int = HEAD_DIM, seed: int = 0
 ) -> tuple[VQTables, VQTables]:
-    """Random tables: keys in a permutation that keeps RoPE pairs, values in an orthogonal basis."""
+    """Random tables: keys in a permutation that keeps RoPE pairs, with noise; values in an orthogonal basis."""
     g = torch.Generator().manual_seed(seed)
     size = (kv_heads, spec.groups(head_dim), spec.stages, spec.centroids, spec.sub_dim)
     pairs = llama_rotary(head_dim).channel_pairs(head_dim)
@@ -33,7 +33,8 @@ def random_tables(
     root = torch.eye(spec.sub_dim).expand(kv_heads, size[1], spec.sub_dim, spec.sub_dim)
     mean = torch.zeros(kv_heads, head_dim)
     centroids = [torch.randn(size, generator=g) / math.sqrt(spec.stages) for _ in range(2)]
-    key = VQTables(centroids[0], mean, permutation=torch.stack(order), metric_root=root)
+    noise = 0.1 * root.contiguous()  # coded tokens get their bias, which is timed too
+    key = VQTables(centroids[0], mean, permutation=torch.stack(order), metric_root=root, noise=noise)
     return key, VQTables(centroids[1], mean, synthesis=basis)
 
 
