@@ -33,8 +33,9 @@ from rivals.kvquant import KVQuant, channel_levels, value_levels  # noqa: E402
 from rivals.measuring import Subject, Table, Text, measure  # noqa: E402
 from rivals.methods import all_methods  # noqa: E402
 from rivals.scalar import Fp8, Kivi, TurboQuant, gaussian_levels  # noqa: E402
-from rivals.statistics import Sizes  # noqa: E402
-from rivals.tables import contiguous, own, plain_tables, table_bytes  # noqa: E402
+from rivals.setup import tiny_model, tiny_text, tiny_tokenizer  # noqa: E402
+from rivals.statistics import Sizes, Statistics  # noqa: E402
+from rivals.tables import contiguous, learned, own, plain_tables, table_bytes  # noqa: E402
 from rivals.variants import Ablations  # noqa: E402
 
 HEADS, D, N = 2, 16, 70
@@ -459,3 +460,16 @@ def test_a_failing_method_does_not_stop_the_others(tmp_path, capsys, monkeypatch
         arguments(quality, *options, "--methods", "kvquant-1bit", "kivi-2bit", "fp8")
     assert "kvquant-1bit: failed, this method learns tables: give --calibrate" in capsys.readouterr().out
     assert {r["method"] for r in read_csv(tmp_path / "quality.csv")} == {"FP", "fp8", "kivi-2bit"}
+
+
+def test_ours_get_the_noise_of_calibrate(tmp_path):
+    """On the same text, so that a benchmark's tables are those that a user would get; others get none."""
+    model, tokenizer = tiny_model("cpu"), tiny_tokenizer()
+    (tmp_path / "text.txt").write_text(tiny_text(seed=3), encoding="utf-8")
+    sizes = Sizes(tokens=480, window=160, samples=480, iterations=1)
+    found = Statistics(model, tokenizer, [str(tmp_path / "text.txt")], tmp_path / "work", sizes)
+    book = learned(found, "ours-1bit", found.codebook.config, own(found), noise=True)
+    for layer, (key, value) in book.tables.items():
+        torch.testing.assert_close(key.noise, found.codebook.tables[layer][0].noise)
+        assert value.noise is None
+    assert learned(found, "ours-1bit", found.codebook.config, own(found)).tables[0][0].noise is None

@@ -87,12 +87,9 @@ class Statistics:
         kept = (windows or self.windows) * found.shape[1] // self.windows
         return found[:, :kept].to(self.model.device)
 
-    def text(self) -> torch.Tensor:
-        """The windows of text that were read, ``(windows, window)``."""
-        return mix_windows(self.tokenizer, self.mix, self.sizes.window, self.windows, self.sizes.seed)
-
     def _collect_columns(self, path: Path) -> None:
-        ids = self.text()
+        sizes = self.sizes
+        ids = mix_windows(self.tokenizer, self.mix, sizes.window, self.windows, sizes.seed)
         kept = self.positions().view(self.windows, -1)
         found: dict[str, list[torch.Tensor]] = {}
         with torch.no_grad():

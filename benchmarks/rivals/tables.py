@@ -12,7 +12,7 @@ from results import locked
 from antkv_hf import AnTKVCodebook, AnTKVConfig
 from antkv_hf.calibration.kmeans import weighted_kmeans
 from antkv_hf.calibration.metric import CLIP, masked_quantile
-from antkv_hf.calibration.noise import WINDOWS, with_noise
+from antkv_hf.calibration.noise import unseen_windows, with_noise
 from antkv_hf.calibration.tables import learn_tables
 from antkv_hf.calibration.work_folder import to_half
 from antkv_hf.codecs import VQTables
@@ -49,7 +49,9 @@ def learned(
             tables[layer] = (learn(layer, "key", key, own_seed), learn(layer, "value", value, own_seed + 1000))
         book = AnTKVCodebook(config, tables, statistics.codebook.model, {"learned": name, "seed": seed})
         if noise:
-            book = with_noise(statistics.model, book, statistics.text()[:WINDOWS])
+            sizes = statistics.sizes
+            text = unseen_windows(statistics.tokenizer, statistics.mix, sizes.window, statistics.windows, sizes.seed)
+            book = with_noise(statistics.model, book, text)
         part = place.with_name(place.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         book.save_pretrained(part)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from antkv import prefill
+from antkv import merge_splits, prefill
 from antkv.prefill import merge_, prefill_attention
 from builders import assert_near, poison_empty, quantized_past, random_codec, random_snapshot
 
 from antkv_hf.attention.triton_backend import bias_and_exact
 from antkv_hf.reference.attention import Visibility, attention
+from antkv_hf.reference.code_bias import LARGEST
 
 # Output relative to its largest value; LSE absolute. 16-bit keys and values are rounded once more than the codes are.
 TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.float16: (2e-3, 1e-3), torch.bfloat16: (1e-2, 1e-2)}
@@ -81,7 +82,7 @@ def test_large_bias_beside_a_sink_that_takes_nearly_all(dtype, tolerance, size):
     sink = snapshot.exact_tokens[0].keys[:, :, 0].repeat_interleave(2, 1).unsqueeze(2).float()
     query = (3 * sink + torch.randn(1, 4, 9, 32, generator=torch.Generator().manual_seed(3))).to(dtype)
     bias = codec.code_bias(query.unflatten(1, (2, 2)), 0.2)
-    assert bias.max() <= 3 and (size < 10 or bias.min() == 3)
+    assert bias.max() <= LARGEST == merge_splits.LARGEST_BIAS.value and (size < 10 or bias.min() == LARGEST)
     expected, expected_lse = attention(snapshot, query, Visibility(None, True, 9, 126), 0.2)
     out, lse = prefill_attention(
         query, quantized_past(snapshot), snapshot.tail_keys, snapshot.tail_values, scale=0.2,

@@ -68,6 +68,12 @@ def measure_noise(
     return AnTKVCodebook(book.config, book.tables, book.model, {**codebook.calibration, "noise": read})
 
 
+def unseen_windows(tokenizer, mix: TextMix, window: int, read: int, seed: int) -> torch.Tensor:
+    """Windows for `with_noise` after tables were fitted to `read` windows drawn by `seed`: text is drawn anew, since on
+    what tables were fitted to codes lose less."""
+    return mix_windows(tokenizer, mix, window, min(WINDOWS, read), seed + 1)
+
+
 def with_noise(
     model: PreTrainedModel, codebook: AnTKVCodebook, windows: torch.Tensor, progress: bool = False
 ) -> AnTKVCodebook:

@@ -24,7 +24,7 @@ from ..rotary import Rotary
 from ..texts import TextMix, mix_windows
 from .checks import check_model, check_sizes, layers_to_learn, weights_digest
 from .intercept import frozen_for_statistics
-from .noise import WINDOWS, with_noise
+from .noise import unseen_windows, with_noise
 from .processes import Processes
 from .sensitivity import ROLES, Mixed, check_spread, measured, search
 from .statistics import LayerStatistics, window_statistics
@@ -160,8 +160,8 @@ def calibrate(
             book = AnTKVCodebook(config, tables, described)
             if mixed is not None and sensitivity is not None:
                 sensitivity["measured"] = measured(model, mixed, book, windows, folder)
-            if window > config.window:  # text is drawn anew: on what tables were fitted to, codes lose less
-                fresh = mix_windows(tokenizer, mix, window, min(WINDOWS, len(windows)), seed + 1)
+            if window > config.window:
+                fresh = unseen_windows(tokenizer, mix, window, len(windows), seed)
                 book = with_noise(model, book, fresh, progress and processes.rank == 0)
         processes.wait()  # until all have read the tables
     made = {
