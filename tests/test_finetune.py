@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 
 import pytest
 import torch
-from helpers import random_codebook, random_tables
+from helpers import random_codebook, random_noise, random_tables
 from test_calibration import noise, one_thread, small_llama, small_text, tables_equal
 from test_families import CONFIG, build
 from test_texts import word_tokenizer
@@ -35,6 +37,16 @@ __all__ = ["one_thread"]  # an autouse fixture
 finetuning = sys.modules["antkv_hf.calibration.finetune"]  # by its name the package exports the function
 straight_through_module = sys.modules["antkv_hf.calibration.straight_through"]
 SPEC = AnTKVConfig(key=VQSpec(4, 4), value=VQSpec(8, 4), window=16, chunk=16)
+
+
+def with_noise(codebook):
+    """The codebook with random noise of its keys."""
+    tables = {}
+    for layer, (key, value) in codebook.tables.items():
+        kv_heads, dim = key.mean.shape
+        lost = random_noise(codebook.config.specs(layer)[0], kv_heads, dim, seed=layer)
+        tables[layer] = (dataclasses.replace(key, noise=0.3 * lost), value)
+    return AnTKVCodebook(codebook.config, tables, codebook.model)
 
 
 def sharp_llama(**changes):
@@ -115,6 +127,36 @@ def test_other_families_and_dtypes(name):
     assert all(torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_gradients_of_the_size_of_noise(softcap, monkeypatch):
+    monkeypatch.setattr(straight_through_module, "PACE", 2.0)
+    model = sharp_llama()
+    codebook = with_noise(random_codebook(model, SPEC.replace(anchors=AnchorConfig(fraction=0.1))))
+    student = Student(model, codebook)
+    q, k, v = noise(1, 4, 60, 16), noise(1, 2, 60, 16, seed=1), noise(1, 2, 60, 16, seed=2)
+    weights = noise(1, 4, 60, 16, seed=3)
+
+    def loss():
+        return (student.attend(0, q, k, v, 0.3, softcap) * weights).sum()
+
+    loss().backward()
+    loud = student.parameters()["layers.0.noise"]
+    assert loud.shape == (2, 4)
+    for place in [(0, 0), (1, 1)]:
+        ends = []
+        for step in (1e-2, -1e-2):
+            with torch.no_grad():
+                loud[place] += step
+                ends.append(float(loss()))
+                loud[place] -= step
+        torch.testing.assert_close(float(loud.grad[place]), (ends[0] - ends[1]) / 2e-2, rtol=2e-2, atol=1e-4)
+    with torch.no_grad():
+        loud[1, 0] = 0.5
+    found, given = student.tables()[0][0].noise, codebook.tables[0][0].noise
+    torch.testing.assert_close(found[1, 0], math.e * given[1, 0])
+    assert torch.equal(found[0], given[0]) and torch.equal(found[1, 1:], given[1, 1:])
+
+
 def test_skipped_layers_stay_exact():
     model = sharp_llama()
     codebook = random_codebook(model, SPEC.replace(skip_layers=(0,)))
@@ -122,7 +164,8 @@ def test_skipped_layers_stay_exact():
     assert 0 not in student and 1 in student
     with frozen_for_statistics(model, NAME):
         student.prepare(model, torch.arange(3, 20).unsqueeze(0))
-    assert list(student.parameters()) == ["layers.1.key", "layers.1.value"]
+    noisy = ["layers.1.noise"] if codebook.tables[1][0].noise is not None else []
+    assert list(student.parameters()) == ["layers.1.key", "layers.1.value", *noisy]
     assert student.tables()[0] == codebook.tables[0]
 
 
@@ -206,7 +249,10 @@ def test_finetuning_lowers_the_held_out_loss_and_keeps_the_form(codebook, tmp_pa
             for name, tensor in old.tensors().items():
                 other = new.tensors()[name]
                 assert other.shape == tensor.shape and other.dtype == tensor.dtype
-                assert torch.equal(other, tensor) == (name != "centroids")
+                assert torch.equal(other, tensor) == (name not in ("centroids", "noise")), name
+    factors = [found.tables[i][0].noise / codebook.tables[i][0].noise for i in codebook.tables]
+    for factor in factors:  # one for each sub-vector, whose noise keeps its form
+        torch.testing.assert_close(factor, factor[..., :1, :1].expand_as(factor))
     found.save_pretrained(tmp_path)
     again = AnTKVCodebook.from_pretrained(tmp_path)
     assert tables_equal(found, again) and again.calibration == json.loads(json.dumps(found.calibration))

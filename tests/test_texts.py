@@ -177,9 +177,11 @@ def test_mix_windows_by_seed(tmp_path, monkeypatch):
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
 
 
-def test_mix_windows_begin_with_bos(tmp_path):
-    windows = mix_windows(word_tokenizer(bos=True), [words(2, 50, 4)], 16, 4)
+@pytest.mark.parametrize("windows_of", [mix_windows, token_windows])
+def test_windows_begin_with_bos_where_texts_do(windows_of):
+    windows = windows_of(word_tokenizer(bos=True), [words(2, 50, 4)], 16, 4)
     assert windows[:, 0].tolist() == [1] * 4 and (windows[:, 1:] != 1).all()
+    assert (windows_of(word_tokenizer(), [words(2, 50, 4)], 16, 4) != 1).all()
 
 
 def test_mix_errors(tmp_path):

@@ -161,7 +161,7 @@ def token_windows(
     """Contiguous windows of the texts' tokens, in order.
 
     The texts are joined by a blank line and tokenized without special tokens, a piece at a time, and no further than
-    needed.
+    needed. Where the tokenizer begins texts with a BOS token, that takes the place of each window's first token.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -185,7 +185,8 @@ def token_windows(
             f"but the text has {len(ids):,} tokens ({len(ids) // window} windows): give more text, or ask for less"
         )
     count = count or found
-    return torch.tensor(ids[skip * window : (skip + count) * window], dtype=torch.int64).view(count, window)
+    windows = torch.tensor(ids[skip * window : (skip + count) * window], dtype=torch.int64).view(count, window)
+    return _begun(tokenizer, windows)
 
 
 def _token_ids(tokenizer, pieces: Iterable[str], needed: int | None) -> list[int]:
@@ -327,11 +328,16 @@ def mix_windows(tokenizer, mix: TextMix | Sequence[str], window: int, count: int
                 f"({int(len(ids) // window * window / domain.share):,} would do for this one)"
             )
         windows.append(torch.tensor(ids[: part * window], dtype=torch.int64).view(part, window))
-    mixed = torch.cat(windows)[torch.randperm(count, generator=generator)]
-    first = tokenizer("a")["input_ids"][:1]
-    if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]:
-        mixed[:, 0] = tokenizer.bos_token_id
-    return mixed
+    return _begun(tokenizer, torch.cat(windows)[torch.randperm(count, generator=generator)])
+
+
+def _begun(tokenizer, windows: torch.Tensor) -> torch.Tensor:
+    """`windows` with the token that begins a text in first place, where the tokenizer puts one before texts: a model
+    that has always seen it is another model without (Gemma 3's perplexity doubles)."""
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        windows[:, 0] = bos
+    return windows
 
 
 def _shares(given: list[float | None]) -> list[float]:

@@ -112,7 +112,8 @@ def finetune(
     """Trains a codebook's centroids by distillation: least KL(logits of the model || logits over quantized keys).
 
     Every step runs the model as it is and with keys and values coded by the tables as they stand, sinks and anchors
-    exact, errors running from layer to layer (see `straight_through`); Adam with a cosine moves the centroids. Some
+    exact, errors running from layer to layer (see `straight_through`); Adam with a cosine moves the centroids, and the
+    size of the noise of every sub-vector of keys, where it was measured (`reference.code_bias`). Some
     steps see text as in use, with the codebook's recent window exact (protocol S<n>), the others with every token coded
     (W0): tables tuned for W0 alone lose at long contexts. Each protocol's loss counts relative to what it was before.
     Means, bases and metrics stay; layers that a cache leaves exact stay exact.
@@ -191,7 +192,7 @@ def _settings(model: PreTrainedModel, codebook: AnTKVCodebook, run: Numbers, poo
     """All that decides the tables."""
     described = describe_model(model.config.get_text_config(decoder=True))
     return {
-        "format": 1,
+        "format": 2,
         "model": digest({k: v for k, v in described.items() if k != "base_model"}),
         "weights": weights_digest(model),
         "dtype": str(model.dtype),

@@ -24,20 +24,22 @@ from ..cache.layer import AnTKVLayer
 from ..codebook import AnTKVCodebook
 from ..codecs import LayerCodec, VectorQuantizer, VQTables
 from ..reference.attention import Visibility, grouped
-from ..reference.code_bias import with_bias_channel
+from ..reference.code_bias import code_bias, with_bias_channel
 from .exact_choice import exact_mask
 from .intercept import calibration_attention_forward, dense_attention
 
 NAME = "antkv_finetuning"
 ROWS = 1024  # queries answered at a time: keys that come after them are left out
+PACE = 4  # log of a factor on noise for a step that moves a table's centroids by their root mean square
 
 
 class TrainedQuantizer:
-    """A `VectorQuantizer` whose centroids are a parameter.
+    """A `VectorQuantizer` whose centroids are a parameter, and so are the sizes of its noise, one a sub-vector.
 
     They are trained in the space in which they are chosen, for keys that of the metric root, as shares of the root mean
     square of their table: there a step costs about the same in every table, so one learning rate serves all. The means
-    are not trained: moving them is moving all centroids of a table.
+    are not trained: moving them is moving all centroids of a table. Noise keeps its form; its sizes are trained because
+    what was measured is the error of a key, of which the second cumulant of a softmax's sum is only the first term.
 
     Args:
         quantizer: the codec to start from; it is not changed.
@@ -49,6 +51,16 @@ class TrainedQuantizer:
         self._scale = start.square().mean((2, 3), keepdim=True).sqrt().clamp_min(torch.finfo(start.dtype).tiny)
         self._to_plain = None if root is None else torch.linalg.inv(root.double()).mT.to(root.dtype)
         self.parameter = (start / self._scale).requires_grad_()
+        self.loudness = None if quantizer.noise is None else quantizer.noise.new_zeros(quantizer.noise.shape[:2])
+        if self.loudness is not None:
+            self.loudness.requires_grad_()
+
+    def noise(self) -> torch.Tensor | None:
+        """Noise as it stands, with gradients; None for tables without."""
+        measured = self._quantizer.noise
+        if measured is None or self.loudness is None:
+            return None
+        return measured * (PACE * self.loudness).exp()[..., None, None]
 
     def live(self) -> VectorQuantizer:
         """The codec as it stands; what it decodes has gradients by the parameter."""
@@ -60,11 +72,18 @@ class TrainedQuantizer:
             live.centroids = (trained.flatten(1, 2) @ self._to_plain).view_as(trained)
         return live
 
+    def code_bias(self, query: torch.Tensor, scale: float) -> torch.Tensor | None:
+        """What logits of coded tokens get, as `LayerCodec.code_bias` has it, with gradients."""
+        noise, permutation = self.noise(), self._quantizer.permutation
+        return None if noise is None or permutation is None else code_bias(query, noise, permutation, scale)
+
     @torch.no_grad()
     def stored(self, tables: VQTables) -> VQTables:
         """`tables` with the trained centroids, in the same shape and dtype."""
         centroids = self.live().centroids.view(tables.centroids.shape).to(tables.centroids)
-        return replace(tables, centroids=centroids.contiguous())
+        noise = self.noise()
+        noise = None if noise is None else noise.to(tables.noise)
+        return replace(tables, centroids=centroids.contiguous(), noise=noise)
 
 
 class Student:
@@ -108,12 +127,13 @@ class Student:
             )
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """Trained tensors ``layers.<i>.<key|value>``; complete after `prepare`."""
-        return {
-            f"layers.{layer}.{role}": trained.parameter
-            for layer in sorted(self._layers)
-            for role, trained in zip(("key", "value"), self._layers[layer][1:])
-        }
+        """Trained tensors ``layers.<i>.<key|value|noise>``; complete after `prepare`."""
+        found: dict[str, torch.Tensor] = {}
+        for layer, (_, key, value) in sorted(self._layers.items()):
+            found |= {f"layers.{layer}.key": key.parameter, f"layers.{layer}.value": value.parameter}
+            if key.loudness is not None:
+                found[f"layers.{layer}.noise"] = key.loudness
+        return found
 
     def tables(self) -> dict[int, tuple[VQTables, VQTables]]:
         """Tables of all layers as they stand, in the form in which the codebook holds them."""
@@ -137,7 +157,7 @@ class Student:
             )
 
         def answer(query, keys, values, read_keys, read_values):
-            bias = codec.code_bias(grouped(query, keys.shape[1]), scale)
+            bias = key.code_bias(grouped(query, keys.shape[1]), scale)
             bias = None if bias is None else bias.flatten(1, 2)
             return windowed_attention(
                 query, keys, values, read_keys, read_values, self.window, scale, softcap, sink_logit, bias, coded
