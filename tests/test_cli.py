@@ -9,6 +9,7 @@ import torch
 from helpers import random_codebook
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from antkv_hf import AnTKVCodebook, AnTKVConfig, __version__
@@ -57,8 +58,10 @@ def error_of(*arguments) -> str:
 def test_help_and_version():
     text = antkv("--help").output
     assert all(command in text for command in ("demo", "generate", "calibrate", "evaluate", "inspect", "budget"))
-    for command in ("demo", "generate", "calibrate", "evaluate", "inspect", "budget"):
-        assert "--help" in antkv(command, "--help").output
+    for name, command in get_command(app).commands.items():
+        said = antkv(name, "--help").output
+        assert f"antkv {name}" in said and "Example" in said
+        assert all(parameter.help for parameter in command.params), f"every argument of {name} is explained"
     assert antkv("--version").output.strip() == __version__
 
 
@@ -82,6 +85,8 @@ def test_generate(place):
         "footprint"
     ]
     assert fewer["coded_tokens"] < found["footprint"]["coded_tokens"] and fewer["anchors"] == 0
+    exact = json.loads(antkv(*arguments, "--json", "--set", "skip_layers=[0,2]").stdout)["footprint"]
+    assert 3 * exact["codes"] == found["footprint"]["codes"] and exact["other_layers"] > 0
     (place / "prompt.txt").write_text(TEXT, encoding="utf-8")
     from_file = antkv(*arguments[:3], "--prompt-file", place / "prompt.txt", *arguments[5:])
     assert from_file.stdout == spoken.stdout
@@ -170,12 +175,14 @@ def test_calibrate(place, monkeypatch):
 def test_errors_are_one_line(place, tmp_path):
     model, book, text = place / "model", place / "book", ("--text", place / "text.txt")
     assert "give either --prompt" in error_of("generate", model, book)
-    assert "the prompt is empty" in error_of("generate", model, book, "--prompt", " ")
+    assert "the prompt is empty: give text with --prompt" in error_of("generate", model, book, "--prompt", " ")
     assert "--set 'windw=3'" in error_of("generate", model, book, "--prompt", "x", "--set", "windw=3")
-    assert "window is a number" in error_of("generate", model, book, "--prompt", "x", "--set", "window=wide")
+    assert "window is a number, e.g. window=128" in error_of(
+        "generate", model, book, "--prompt", "x", "--set", "window=wide"
+    )
     assert "window=0 must be at least 1" in error_of("generate", model, book, "--prompt", "x", "--set", "window=0")
     assert "no codebook 'nowhere'" in error_of("generate", model, "nowhere", "--prompt", "x")
-    assert "config.json is missing" in error_of("inspect", tmp_path)
+    assert "config.json is missing. Give a folder that holds" in error_of("inspect", tmp_path)
     assert "--text FILE" in error_of("evaluate", model, book)
     assert "--save needs CODEBOOK" in error_of("evaluate", model, *text, "--save")
     assert "windows of 4096 tokens are needed" in error_of("evaluate", model, book, *text, "--window", 4096)
@@ -184,7 +191,7 @@ def test_errors_are_one_line(place, tmp_path):
     assert "--dtype 'int8' is unknown" in error_of("evaluate", model, book, *text, "--dtype", "int8")
     assert "3 bits per element do not exist" in error_of("calibrate", model, text[1], "-o", tmp_path / "x", "--bits", 3)
     assert "no text file or folder" in error_of("calibrate", model, tmp_path / "no.txt", "-o", tmp_path / "x")
-    assert "give a CODEBOOK, or --model" in error_of("inspect")
+    assert "give a CODEBOOK (folder, Hub id, shipped name or cache file), or --model" in error_of("inspect")
     if not torch.cuda.is_available():
         assert "sees no GPU" in error_of("evaluate", model, book, *text, "--device", "cuda")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import cpu_offload, dispatch_model
 from conftest import tiny_llama
 from helpers import random_codebook
 from test_calibration import calibrated, small_llama
@@ -40,8 +40,13 @@ def spread(model, first, second):
 
 
 @pytest.mark.parametrize("lane", ("sdpa", "antkv"))
-def test_layers_offloaded_to_the_disk(llama, folder, tmp_path, lane):
-    offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=PLACES, offload_folder=tmp_path).eval()
+@pytest.mark.parametrize("place", ("disk", "cpu"))
+def test_offloaded_layers(llama, folder, tmp_path, lane, place):
+    """Weights wait on the disk (one layer) or in the CPU's memory (all) and come for each call."""
+    if place == "disk":
+        offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=PLACES, offload_folder=tmp_path).eval()
+    else:
+        offloaded = cpu_offload(tiny_llama(), execution_device="cpu")
     assert offloaded.model.layers[1].self_attn.k_proj.weight.is_meta
     codebook = random_codebook(llama, CONFIG)
     tokens = {}
@@ -57,6 +62,38 @@ def test_layers_offloaded_to_the_disk(llama, folder, tmp_path, lane):
         llama.set_attn_implementation("sdpa")
     assert torch.equal(tokens["offloaded", True], plain)
     assert torch.equal(tokens["offloaded", False], tokens["plain", False])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lane", ("sdpa", "antkv"))
+def test_weights_in_the_memory_of_the_cpu(lane):
+    """A GPU computes; codes and tables stay on it."""
+    one, offloaded = tiny_llama().to("cuda:0"), cpu_offload(tiny_llama(), execution_device=torch.device("cuda:0"))
+    codebook = random_codebook(one, CONFIG, rotary=model_rotary(one.config)[0])
+    for config in (IDENTITY, CONFIG):
+        tokens, book = [], None if config.is_identity else codebook
+        for model in (one, offloaded):
+            model.set_attn_implementation(lane)
+            cache = AnTKVCache(model.config, config, book)
+            tokens.append(model.generate(prompt("cuda:0"), past_key_values=cache, **GREEDY))
+            assert {layer.storage.key_codes.device.type for layer in cache.layers} == {"cuda"}
+        assert torch.equal(*tokens)
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_device_map_auto(folder):
+    """As a user writes it; accelerate chooses where the layers go."""
+    one = tiny_llama().to("cuda:0")
+    two = AutoModelForCausalLM.from_pretrained(folder, device_map="auto", max_memory={0: "1GB", 1: "1GB"}).eval()
+    codebook = random_codebook(one, CONFIG, rotary=model_rotary(one.config)[0])
+    tokens, caches = [], []
+    for model in (one, two):
+        model.set_attn_implementation("antkv")
+        caches.append(AnTKVCache(model.config, codebook=codebook))
+        tokens.append(model.generate(prompt("cuda:0"), past_key_values=caches[-1], **GREEDY))
+    assert torch.equal(*tokens)
+    assert {layer.storage.codec.key.mean.device.index for layer in caches[1].layers} == {0, 1}
 
 
 @pytest.mark.gpu

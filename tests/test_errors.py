@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import ModuleType
 
 import pytest
 import torch
 from conftest import tiny_llama
 from helpers import random_codebook
+from test_cli import character_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate
+from antkv_hf.cache.model_rotary import _is_interleaved
 from antkv_hf.config import AnchorConfig
 
 CONFIG = AnTKVConfig(VQSpec(4, 8), VQSpec(4, 8), window=8, chunk=16)
@@ -65,7 +68,7 @@ def test_truncated_edited_and_foreign_files(codebook, tmp_path):
 
     for edit, message in (
         (lambda d: d.update(format_version=7), "format_version 7 is not known .this antkv-hf reads 1 to 3."),
-        (lambda d: d.pop("tables"), "a field is missing"),
+        (lambda d: d.pop("tables"), "a field is missing .*tables.*Download or make it again"),
         (lambda d: d["antkv"].update(key="d8b8"), "layer 0, key tables: centroids has shape"),
         (lambda d: d["antkv"].update(wrong=1), "unknown config field 'wrong'"),
         (lambda d: d["model"].update(kv_heads=5), "kv_heads|5"),
@@ -76,12 +79,12 @@ def test_truncated_edited_and_foreign_files(codebook, tmp_path):
         with pytest.raises(ValueError, match=message):
             AnTKVCodebook.from_pretrained(tmp_path)
     config.write_text("{ no json")
-    with pytest.raises(ValueError, match="is not the config.json of a codebook"):
+    with pytest.raises(ValueError, match=r"is not the config\.json of a codebook.*Download or make it again"):
         AnTKVCodebook.from_pretrained(tmp_path)
     config.write_text(good_config)
     assert AnTKVCodebook.from_pretrained(tmp_path).config == codebook.config
     tables.unlink()
-    with pytest.raises(FileNotFoundError, match="codebooks.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"codebooks\.safetensors is missing. Give a folder that holds"):
         AnTKVCodebook.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub repo id"):
         AnTKVCodebook.from_pretrained(tmp_path / "nowhere")
@@ -158,8 +161,19 @@ def test_grad_in_the_fast_lane_of_layers_without_cache():
 
 
 def test_removed_decoding_mode(llama, codebook):
-    with pytest.raises(ValueError, match="is not part of this transformers"):
+    with pytest.raises(
+        ValueError, match="decoding mode contrastive_search is not part of this transformers; use greedy"
+    ):
         llama.generate(ids(9), custom_generate=antkv_generate(codebook), penalty_alpha=0.6, top_k=4, max_new_tokens=2)
+
+
+def test_stop_strings_with_a_custom_function(llama, codebook):
+    """transformers gives it no tokenizer, and says so; with a cache they work."""
+    with pytest.raises(ValueError, match="stop strings.*tokenizer"):
+        llama.generate(ids(9), custom_generate=antkv_generate(codebook), stop_strings=["x"], max_new_tokens=2)
+    cache, tokenizer = AnTKVCache(llama.config, codebook=codebook), character_tokenizer()
+    options = dict(stop_strings=["~~~~"], tokenizer=tokenizer, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert llama.generate(ids(9), past_key_values=cache, **options).shape == (1, 13)
 
 
 def test_refused_models_and_options(llama, codebook):
@@ -169,8 +183,10 @@ def test_refused_models_and_options(llama, codebook):
     sliding = AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=16)
     with pytest.raises(ValueError, match="none of the 2 layers of mistral can be quantized"):
         AnTKVCache(sliding, AnTKVConfig.preset("identity"))
-    with pytest.raises(ValueError, match="offloading=True"):
+    with pytest.raises(ValueError, match=r"offloading=True.*Leave offloading out"):
         AnTKVCache(llama.config, codebook=codebook, offloading=True)
+    with pytest.raises(NotImplementedError, match=r"layer 2 of AnTKVCache cannot be offloaded.*fewer bits.*save"):
+        AnTKVCache(llama.config, codebook=codebook).offload(2)
     with pytest.raises(ValueError, match="skip_layers names layer 9, but the model has 3 layers"):
         AnTKVCache(llama.config, CONFIG.replace(skip_layers=(0, 9)), codebook)
     with pytest.raises(ValueError, match="nothing to go by"):
@@ -191,11 +207,33 @@ def test_keys_of_another_kind(llama, cache):
         cache.update(good.repeat(1, 2, 1, 1), good.repeat(1, 2, 1, 1), 0)
     with pytest.raises(ValueError, match="torch.float32 on cpu to torch.bfloat16"):
         cache.update(good.bfloat16(), good.bfloat16(), 0)
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match=r"\(1, 2, 1, 16\) and values \(1, 2, 2, 16\) do not belong together: both"):
         cache.update(good, torch.randn(1, 2, 2, 16), 0)
     with pytest.raises(ValueError, match="layer_idx 3 is beyond the 3 layers"):
         cache.update(good, good, 3)
     assert cache.get_seq_length() == 20
+
+
+def test_attention_that_does_not_fit(cache):
+    """As a caller of its own would meet it; models give masks and queries that fit."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    handles = cache.update(torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16), 0)
+    query, mask = torch.randn(1, 4, 1, 16), torch.ones(1, 1, 1, 50, dtype=torch.bool)
+    with pytest.raises(ValueError, match="covers 50 keys, but the cache holds 20: give a mask over all of them"):
+        attend(query, *handles, attn_mask=mask, enable_gqa=True)
+    for wrong in (query[..., :8], query[:, :3], query.repeat(2, 1, 1, 1)):
+        with pytest.raises(ValueError, match=r"of shape .* batch 1, 2 kv heads and head size 16: give \(batch, heads"):
+            attend(wrong, *handles, enable_gqa=True)
+
+
+def test_rope_of_an_unknown_form():
+    module = ModuleType("modeling_odd")
+    with pytest.raises(ValueError, match="pairs channel 0 with 2 in RoPE, not with 1 or 4.*use DynamicCache"):
+        module.apply_rotary_pos_emb = lambda x, *_: x.roll(2, -1)
+        _is_interleaved(module, 4)
+    with pytest.raises(ValueError, match="modeling_odd takes arguments of an unknown form.*use DynamicCache"):
+        module.apply_rotary_pos_emb = lambda x: x
+        _is_interleaved(module, 4)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +247,7 @@ def test_keys_of_another_kind(llama, cache):
         (lambda: AnTKVConfig(rope="post"), "'post' is unknown"),
         (lambda: AnTKVConfig(rope="block"), "reserved"),
         (lambda: AnTKVConfig(skip_layers=(-1,)), "negative"),
-        (lambda: AnTKVConfig(key=None), "both be None"),
+        (lambda: AnTKVConfig(key=None), "keys None and values d8b8: .*both be None"),
         (lambda: VQSpec(8, 9), "code_bits=9 does not exist"),
         (lambda: VQSpec(0), "sub_dim=0"),
         (lambda: VQSpec(8, 8, 0), "stages=0"),

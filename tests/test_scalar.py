@@ -124,6 +124,32 @@ def test_budget_of_a_stream_is_that_of_one_piece():
 CONFIG = AnTKVConfig.preset("ott-4bit", group=32, window=8, chunk=32)
 
 
+def test_outlier_tokens_are_traced_while_decoding(llama):
+    """OTT's pool, token by token: of the tokens coded so far the three with the smallest keys stay exact."""
+    config = CONFIG.replace(anchor_score="outlier_tokens", anchor_fraction=0.07, anchor_max_tokens=3, anchor_sinks=0)
+    cache, g = AnTKVCache(llama.config, config), torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, 2, 200, 16, generator=g) for _ in range(2))
+    keys[..., 5] += 30.0  # the outlier channel: a small key there is an outlier token
+    small = {20: 0.5, 50: 0.4, 51: 0.3, 90: 0.6, 120: 0.1, 150: 0.7}  # token -> size of its key
+    for token, size in small.items():
+        keys[:, :, token] *= size
+    pools = []
+    for n in range(200):
+        cache.update(keys[:, :, n : n + 1], values[:, :, n : n + 1], 0)
+        storage = cache.layers[0].storage
+        if storage.anchors is not None and storage.coded_length != (pools[-1][0] if pools else 0):
+            positions = storage.anchors.positions
+            pools.append((storage.coded_length, *(positions[0, h][positions[0, h] >= 0].sort().values for h in (0, 1))))
+    assert [coded for coded, *_ in pools] == [32, 64, 96, 128, 160]
+    for coded, *heads in pools:
+        seen = sorted((size, token) for token, size in small.items() if token < coded)[:3]
+        for kept in heads:
+            assert len(kept) <= 3 and {token for _, token in seen} <= set(kept.tolist())
+    assert pools[-1][1].tolist() == [50, 51, 120], "20 and 90 have made room for better ones"
+    dense = storage.snapshot().dense()[0][:, :, [50, 51, 120]]
+    torch.testing.assert_close(dense, keys[:, :, [50, 51, 120]], atol=0.01 * 30 / 2, rtol=0)
+
+
 @pytest.mark.parametrize("max_tokens", (0, 3))
 def test_a_prompt_in_chunks_gives_the_codes_of_one_pass(llama, max_tokens):
     """Also with padding: means come from the first chunk with a real token, and groups from absolute indices."""

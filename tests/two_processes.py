@@ -24,8 +24,10 @@ class TwoProcesses:
     """
 
     def __init__(self, folder: Path, backend: str = "gloo"):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED)
+        # A process whose imports have touched CUDA cannot be forked, so those with a GPU import for themselves.
+        context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")
+        if backend == "gloo":
+            context.set_forkserver_preload(_IMPORTED)
         self.pipes, self.processes = [], []
         for rank in range(SIZE):
             ours, theirs = context.Pipe()

@@ -89,6 +89,8 @@ def demo(
     """A small chat model answers questions from a handbook: with its usual cache, and with a 1-bit one.
 
     Prints both answers, bytes, speed and perplexity. Takes one or two minutes on two CPU cores.
+
+    Example: antkv demo
     """
     _quiet()
     from .demo import format_demo, run_demo
@@ -121,7 +123,7 @@ def generate(
     if prompt is None:
         prompt = sys.stdin.read() if str(prompt_file) == "-" else Path(str(prompt_file)).read_text(encoding="utf-8")
     if not prompt.strip():
-        raise ValueError("the prompt is empty")
+        raise ValueError("the prompt is empty: give text with --prompt TEXT or --prompt-file FILE")
     loaded, tokenizer = _load_model(model, device, dtype)
     from .cache.cache import AnTKVCache
 
@@ -373,7 +375,7 @@ def inspect(
     from .evaluation.inspection import format_cache, format_inspection, inspect_cache, inspect_codebook, inspect_model
 
     if codebook is None and model is None:
-        raise ValueError("give a CODEBOOK, or --model MODEL")
+        raise ValueError("give a CODEBOOK (folder, Hub id, shipped name or cache file), or --model MODEL")
     if model is not None:
         _check_model_folder(model)
     if codebook is not None and Path(codebook).is_file():

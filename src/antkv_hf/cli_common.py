@@ -73,7 +73,7 @@ def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None,
     layers = [setting for setting in settings or [] if setting.startswith("layer_bits=")]
     rest = [setting for setting in settings or [] if setting not in groups + layers]
     if groups and not groups[-1][6:].isdigit():
-        raise ValueError(f"--set {groups[-1]!r}: group is a number")
+        raise ValueError(f"--set {groups[-1]!r}: group is a number, e.g. group=64")
     group = int(groups[-1][6:]) if groups else None
     config = _changed(AnTKVConfig.preset(name, group=group), rest)
     return None, config.with_layer_bits(layers[-1].partition("=")[2], group) if layers else config
@@ -142,7 +142,7 @@ def _changes(settings: list[str] | None) -> dict[str, Any]:
         if name == "skip_layers":
             changes[name] = tuple(changes[name] if isinstance(changes[name], list) else [changes[name]])
         elif isinstance(fields[name].default, (int, float)) and not isinstance(changes[name], (int, float)):
-            raise ValueError(f"--set {setting!r}: {name} is a number")
+            raise ValueError(f"--set {setting!r}: {name} is a number, e.g. {name}={fields[name].default}")
     return changes
 
 

@@ -262,7 +262,10 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             paths = [folder / CONFIG_FILE, folder / TABLES_FILE]
             for path in paths:
                 if not path.is_file():
-                    raise FileNotFoundError(f"{folder} is no codebook folder: {path.name} is missing")
+                    raise FileNotFoundError(
+                        f"{folder} is no codebook folder: {path.name} is missing. Give a folder that holds "
+                        f"{CONFIG_FILE} and {TABLES_FILE}, or make one with `antkv calibrate`"
+                    )
         else:
             try:
                 paths, revision = download(
@@ -293,7 +296,9 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             data = json.loads(config_path.read_text(encoding="utf-8"))
             version = data["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{config_path} is not the config.json of a codebook: {error!r}") from error
+            raise ValueError(
+                f"{config_path} is not the config.json of a codebook: {error!r}. Download or make it again"
+            ) from error
         if version not in _READS:
             raise ValueError(
                 f"{config_path}: format_version {version} is not known (this antkv-hf reads "
@@ -305,7 +310,9 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             expected, size = data["tables"]["sha256"], data["tables"]["bytes"]
             model, config = data["model"], AnTKVConfig.from_dict(data["antkv"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{config_path}: a field is missing or of the wrong kind: {error!r}") from error
+            raise ValueError(
+                f"{config_path}: a field is missing or of the wrong kind: {error!r}. Download or make it again"
+            ) from error
         if (found := tables_path.stat().st_size) != size:
             raise ValueError(
                 f"{tables_path} has {found:,} bytes, config.json says {size:,}: the file is truncated or changed; "
@@ -325,7 +332,9 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             tables = {i: (VQTables(**g["key"]), VQTables(**g["value"])) for i, g in grouped.items()}
             codebook = cls(config, tables, model, data.get("calibration"), data.get("evaluation"))
         except (SafetensorError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{tables_path} does not hold the tables of a codebook: {error!r}") from error
+            raise ValueError(
+                f"{tables_path} does not hold the tables of a codebook: {error!r}. Download or make it again"
+            ) from error
         if "sha256" in data:  # last, so that whatever else is wrong has been named
             stated = data.pop("sha256")
             if stated != json_sha256(data):

@@ -115,7 +115,10 @@ class AnTKVConfig:
 
     def __post_init__(self) -> None:
         if (self.key is None) != (self.value is None):
-            raise ValueError("key and value must both have a codec spec, or both be None (identity)")
+            raise ValueError(
+                f"keys {self.key} and values {self.value}: key and value must both have a codec spec, or both be None "
+                "(identity)"
+            )
         if type(self.key) is not type(self.value):
             raise ValueError(
                 f"keys {self.key} and values {self.value} are specs of different kinds: give both as d<..>b<..> "

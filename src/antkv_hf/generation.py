@@ -60,7 +60,7 @@ def antkv_generate(
         decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
         if decode is None:
             raise ValueError(
-                f"decoding mode {mode} is not part of this transformers; use greedy, sampling, beams or assisted"
+                f"decoding mode {mode.value} is not part of this transformers; use greedy, sampling, beams or assisted"
             )
         if mode not in _STEPWISE:
             unusable: str | None = f"{mode.value} is not greedy decoding or sampling"
@@ -86,7 +86,9 @@ def antkv_generate(
         if unusable is None:
             model = graphs.graphed(model, cache, strict=bool(cuda_graphs))
         elif cuda_graphs:
-            raise RuntimeError(f"cuda_graphs=True, but decode steps cannot be replayed: {unusable}")
+            raise RuntimeError(
+                f"cuda_graphs=True, but decode steps cannot be replayed: {unusable}; leave cuda_graphs out"
+            )
         return decode(model, input_ids, generation_config=generation_config, **model_kwargs)
 
     return generate

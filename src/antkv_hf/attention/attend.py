@@ -48,7 +48,8 @@ def attend(
     if query.shape[0] != batch or query.shape[1] % kv_heads or query.shape[3] != past.tail_keys.shape[3]:
         raise ValueError(
             f"query of shape {tuple(query.shape)} does not fit a cache of batch {batch}, {kv_heads} kv heads "
-            f"and head size {past.tail_keys.shape[3]}"
+            f"and head size {past.tail_keys.shape[3]}: give (batch, heads, tokens, head size) of the model that filled "
+            "it, with a multiple of the kv heads"
         )
     captured = past.static is not None and past.static.planned is not None
     if captured:
@@ -56,14 +57,18 @@ def attend(
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         if mask.shape[-1] != past.length:
-            raise ValueError(f"the attention mask covers {mask.shape[-1]} keys, but the cache holds {past.length}")
+            raise ValueError(
+                f"the attention mask covers {mask.shape[-1]} keys, but the cache holds {past.length}: give a mask "
+                "over all of them, new ones included, or none"
+            )
     q_len = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # sums and scores stay in float32
         step = _is_step(past, query, backend, observer)
         if captured and not step:
             raise ValueError(
-                f"a captured step was asked {q_len} query tokens of {query.shape[1]} heads, and answers one"
+                f"a captured step was asked {q_len} query tokens of {query.shape[1]} heads, and answers one: decode "
+                "with antkv_generate(..., cuda_graphs=False)"
             )
         given = mask
         if mask is None and not step and past.static is not None and past.static.padded and q_len == 1:

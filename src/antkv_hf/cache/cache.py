@@ -48,8 +48,8 @@ class AnTKVCache(Cache):
             without it, among all of them. Tables and codes of a process are those of its heads.
 
     Raises:
-        ValueError: codebook of another model, specs that differ, MLA or encoder models, offloading, no layer to
-            quantize; the message names the numbers and the way out.
+        ValueError: codebook of another model, specs that differ, MLA, offloading, no layer to quantize; the message
+            names the numbers and the way out.
 
     Example:
         >>> cache = AnTKVCache.from_pretrained("codebooks/smollm2-135m-instruct-1bit")

@@ -135,7 +135,8 @@ class AnTKVLayer(CacheLayerMixin):
             )
         if keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
             raise ValueError(
-                f"{name}: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not belong together"
+                f"{name}: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not belong together: both are "
+                "(batch, kv heads, new tokens, size)"
             )
         if keys.shape[2] == 0:
             raise ValueError(_NO_TOKENS.format(self.plan.layer_idx, self.get_seq_length()))
@@ -231,7 +232,10 @@ class AnTKVLayer(CacheLayerMixin):
             self.storage.map_batch(lambda t: t[indices.to(t.device), ...])
 
     def offload(self) -> None:
-        raise NotImplementedError("AnTKVCache is not offloaded: its codes already take a small part of the memory")
+        raise NotImplementedError(
+            f"layer {self.plan.layer_idx} of AnTKVCache cannot be offloaded: its codes are small, and attention reads "
+            "them where they are; for a smaller cache choose fewer bits, to set one aside call cache.save(path)"
+        )
 
     def prefetch(self) -> None:
         pass

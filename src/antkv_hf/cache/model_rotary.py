@@ -97,11 +97,15 @@ def _is_interleaved(module, pairs: int) -> bool:
         if turned is not None:
             break
     if turned is None:
-        raise ValueError(f"apply_rotary_pos_emb of {module.__name__} takes arguments of an unknown form")
+        raise ValueError(
+            f"apply_rotary_pos_emb of {module.__name__} takes arguments of an unknown form: its keys cannot be turned "
+            "back to before RoPE; use DynamicCache for this model"
+        )
     turned = (turned if isinstance(turned, torch.Tensor) else turned[0]).flatten()
     partner = int(turned.abs().argmax())
     if partner not in (1, pairs):
         raise ValueError(
-            f"{module.__name__} pairs channel 0 with {partner} in RoPE, not with 1 or {pairs}: unknown form"
+            f"{module.__name__} pairs channel 0 with {partner} in RoPE, not with 1 or {pairs}, so its keys cannot be "
+            "turned back to before RoPE: use DynamicCache for this model"
         )
     return partner == 1

@@ -36,6 +36,7 @@ _MODEL_FACTS = (
     "model_type", "num_hidden_layers", "kv_heads", "head_dim", "value_dim", "num_attention_heads", "hidden_size",
     "vocab_size",
 )  # fmt: skip
+_FIELDS = "{}: a field is missing or of the wrong kind: {!r}. Fill the cache again"
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def read_cache_file(path: str | Path) -> CacheFile:
                 )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no cache file: {error}") from error
+        raise ValueError(f"{path} is no cache file: {error}. Give one that AnTKVCache.save wrote") from error
     digest, stated = tensors_sha256(tensors, header), str(metadata.get(_SHA256))
     if digest != stated:
         raise ValueError(
@@ -184,7 +185,7 @@ def read_cache_file(path: str | Path) -> CacheFile:
             facts["layers"], facts["library_version"], tensors,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: a field is missing or of the wrong kind: {error!r}") from error
+        raise ValueError(_FIELDS.format(path, error)) from error
 
 
 def load_cache(
@@ -205,7 +206,10 @@ def load_cache(
         config = model.config if model is not None else _model_config(saved, book)
         cache = cls(config, saved.config, book, on_new_prompt=saved.on_new_prompt)
         if len(saved.layers) != len(cache.layers):
-            raise ValueError(f"it holds {len(saved.layers)} layers, but the model has {len(cache.layers)}")
+            raise ValueError(
+                f"it holds {len(saved.layers)} layers, but the model has {len(cache.layers)}: load it with the model "
+                "that filled it"
+            )
         devices = {} if model is None or device is not None else _layer_devices(model)
         default = torch.device(device) if device is not None else torch.device("cpu") if model is None else model.device
         batches = set()
@@ -214,13 +218,15 @@ def load_cache(
             restore_layer(i, layer, record, tensors)
             batches |= {record["batch"]} if tensors else set()  # found to be the layer's by restore_layer
         if len(batches) > 1:
-            raise ValueError(f"its layers hold batches of different sizes: {sorted(batches)}")
+            raise ValueError(f"its layers hold batches of different sizes: {sorted(batches)}; fill the cache again")
         if (ids := saved.tensors.get("prompt_ids")) is not None:
             if ids.ndim != 2 or ids.dtype != torch.int64:
-                raise ValueError(f"prompt_ids are {ids.dtype} of shape {tuple(ids.shape)}, not int64 (batch, n)")
+                raise ValueError(
+                    f"prompt_ids are {ids.dtype} of shape {tuple(ids.shape)}, not int64 (batch, n): fill it again"
+                )
             cache._guard.remember(ids)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: a field is missing or of the wrong kind: {error!r}") from error
+        raise ValueError(_FIELDS.format(path, error)) from error
     except ValueError as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
     if model is not None:

@@ -57,7 +57,10 @@ def restore_layer(index: int, layer: Any, record: dict[str, Any], tensors: dict[
     """
     name = type(layer).__name__
     if record["type"] != name:
-        raise ValueError(f"layer {index} is a {record['type']} in the file and a {name} in the model")
+        raise ValueError(
+            f"layer {index} is a {record['type']} in the file and a {name} in the model: load it with the model that "
+            "filled it"
+        )
     try:
         if isinstance(layer, AnTKVLayer):
             layer.restore(tensors, bool(record["record_past"]))
@@ -76,7 +79,7 @@ def restore_layer(index: int, layer: Any, record: dict[str, Any], tensors: dict[
                 )
             layer.record_past = bool(record["record_past"])
     except ValueError as error:
-        raise ValueError(f"layer {index}: {error}") from error
+        raise ValueError(f"layer {index}: {error}; load it with the model that filled it, or fill it again") from error
 
 
 def _restore_plain(layer: DynamicLayer, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
