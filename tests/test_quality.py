@@ -26,14 +26,15 @@ def smollm2():
 @pytest.mark.parametrize(
     ("bits", "protocols", "limits"),
     [
-        ("1", ("FP", "W0", "S128", "cache"), {"W0": 1.5, "S128": 1.05, "cache": 1.05}),
-        ("2", ("FP", "S128"), {"S128": 1.015}),
+        ("1", ("FP", "W0", "S128", "cache"), {"W0": 1.4, "S128": 1.02, "cache": 1.02}),
+        ("2", ("FP", "S128"), {"S128": 1.01}),
     ],
 )
 def test_perplexity_of_wikitext(smollm2, antkv_data, bits, protocols, limits):
     """The third window of 2,048 tokens; the first is by far the hardest.
 
-    Over the first twelve the ratios are 1.367 (W0), 1.066 (S128) and, at 2 bits, 1.014 (S128).
+    Over the first twelve the ratios are 1.276 (W0), 1.017 (S128) and, at 2 bits, 1.009 (S128). On one window coded keys
+    may predict better than exact ones by chance, but never alike.
     """
     model, tokenizer = smollm2
     codebook = AnTKVCodebook.from_pretrained(find_codebook(f"smollm2-135m-instruct-{bits}bit"))
@@ -42,8 +43,8 @@ def test_perplexity_of_wikitext(smollm2, antkv_data, bits, protocols, limits):
     rows = evaluate(model, tokenizer, windows, codebook, protocols=protocols, windows=1)
     for row in rows:
         if row.protocol in limits:
-            assert 1.0 < row.ratio <= limits[row.protocol], row
-            assert row.bits <= float(bits) + 0.25
+            assert abs(row.ratio - 1) > 1e-5 and row.ratio <= limits[row.protocol], row
+            assert row.bits <= float(bits) + 0.18
 
 
 def test_scalar_codes_of_wikitext(smollm2, antkv_data):
@@ -72,4 +73,4 @@ def test_shipped_codebooks_are_small_and_say_how_they_were_made():
         codebook = AnTKVCodebook.from_pretrained(find_codebook(f"smollm2-135m-instruct-{bits}bit"))
         assert codebook.tables_bytes() < 10e6
         assert codebook.calibration["command"].startswith("antkv calibrate")
-        assert {row["protocol"] for row in codebook.evaluation} >= {"FP", "W0", "S128"}
+        assert {row["protocol"] for row in codebook.evaluation} >= {"FP", "S128"}

@@ -26,7 +26,7 @@ from antkv_hf.evaluation import evaluate
 from antkv_hf.specs import VQSpec
 
 RATES = [VQSpec(16, 8), VQSpec(8, 8), VQSpec(4, 8), VQSpec(16, 10)]
-SMALL = Mixed(1.0, ("d8b4", "d4b4", "d2b4"), windows=2)  # 0.5, 1 and 2 bits, with tables of 16
+SMALL = Mixed(1.0, ("d8b4", "d4b4", "d2b4"), windows=2, protocol="W0")  # 0.5, 1 and 2 bits, with tables of 16
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,7 +96,7 @@ def test_calibration_spreads_bits(tmp_path, monkeypatch):
     # what is there is used: other bits need no forward, no k-means and no measurement, but for that of the result
     for module, name in ((run, "window_statistics"), (run, "learn_tables"), (sensitivity, "layer_costs")):
         monkeypatch.setattr(module, name, None)
-    more = calibrated(mixed=Mixed(1.5, SMALL.candidates, 2), work_dir=tmp_path)
+    more = calibrated(mixed=Mixed(1.5, SMALL.candidates, 2, "W0"), work_dir=tmp_path)
     assert sum(book.config.bits([0, 1])) < sum(more.config.bits([0, 1])) <= 3.0
     same = calibrated(work_dir=tmp_path)
     assert same.config == book.config and same.sha256 == book.sha256
@@ -126,8 +126,15 @@ def test_bad_spreads_are_refused():
         (lambda: Mixed(1, windows=0), "windows=0 must be at least 1"),
         (lambda: Mixed(1, protocol="FP"), "protocol W0 or S<n> such as S128, not 'FP'"),
         (lambda: Mixed(1, ("3",)), "3 bits per element do not exist"),
-        (lambda: calibrated(mixed=Mixed(1, ("d32b8",))), "head_dim 16 is not a multiple of sub_dim 32"),
-        (lambda: calibrated(mixed=Mixed(1), samples=200), "200 samples .* are fewer than the 256 centroids"),
+        (lambda: calibrated(mixed=Mixed(1, ("d32b8",), protocol="W0")), "head_dim 16 is not a multiple of sub_dim 32"),
+        (
+            lambda: calibrated(mixed=Mixed(1, protocol="W0"), samples=200),
+            "200 samples .* are fewer than the 256 centroids",
+        ),
+        (
+            lambda: calibrated(mixed=Mixed(1, ("d8b4",))),
+            "protocol S128 reads windows of 64 tokens, of which the last 128 are exact.*above 128, or measure by W0",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -142,7 +149,7 @@ def test_impossible_spreads_are_refused_before_work(monkeypatch):
         (AnTKVConfig.preset("ott-2bit"), SMALL, "codec int2g32 has no tables to learn"),
         (
             AnTKVConfig(),
-            Mixed(0.25, ("d16b4", "d8b4")),
+            Mixed(0.25, ("d16b4", "d8b4"), protocol="W0"),
             "0.25 bits on average cannot be kept: the smallest .* take 0.5",
         ),
         (AnTKVConfig(spec, spec, layer_specs={9: (spec, spec)}), None, "layer_specs names layer 9, .* has 2 layers"),

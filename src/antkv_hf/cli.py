@@ -176,7 +176,7 @@ def calibrate(
         list[str] | None, typer.Option(help="Rate or spec that --mixed may give; repeat. Default: 0.5, 1, 2, 4.")
     ] = None,
     sensitivity: Annotated[
-        str | None, typer.Option(help="Protocol by which --mixed measures: W0 (default) or S128.")
+        str | None, typer.Option(help="Protocol by which --mixed measures: S128 (default) or W0.")
     ] = None,
     sensitivity_windows: Annotated[
         int | None, typer.Option(help="Windows of text on which --mixed measures. Default: 4.")

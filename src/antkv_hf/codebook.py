@@ -228,7 +228,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         book = AnTKVCodebook(self.config, self.tables, model, calibration, self.evaluation)
         if "/" not in repo_id:  # the card names the repo in full
             repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-        options.setdefault("commit_message", f"Codebook of {base_model}: {self.config.describe_codec(self.tables)}")
+        options.setdefault("commit_message", f"Codebook of {base_model}: {self.config.name_codec(self.tables)}")
         options.setdefault("model_card_kwargs", {"repo_id": repo_id})
         return ModelHubMixin.push_to_hub(book, repo_id, private=private, token=token, branch=branch, **options)
 

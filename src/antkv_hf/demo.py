@@ -125,7 +125,7 @@ def run_demo(
     dense = tensor_bytes([(layer.keys, layer.values) for layer in last["dynamic"].layers])
     return {
         "model": where,
-        "codebook": f"{book.model['base_model']}, {book.config.describe_codec(book.tables)}",
+        "codebook": f"{book.model['base_model']}, {book.config.name_codec(book.tables)}",
         "prompt_tokens": prompt_tokens,
         "cached_tokens": footprint.tokens,
         "long": long.to_dict(),

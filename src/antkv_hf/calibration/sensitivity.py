@@ -45,7 +45,7 @@ class Mixed:
         bits: bits of codes per element to spend on average over all quantized layers, keys and values.
         candidates: rates (or specs such as ``"d16b8s2"``) that a layer's keys or values may get.
         windows: calibration windows on which losses are measured, taken evenly from all; more make losses surer.
-        protocol: ``W0`` (every key and value quantized) or ``S<n>`` (the last n keys exact).
+        protocol: ``S<n>`` (the last n keys exact, as in use) or ``W0`` (every key and value quantized).
 
     Raises:
         ValueError: bits that are no number, no candidate as small as `bits`, no window, a protocol that is not a
@@ -55,7 +55,7 @@ class Mixed:
     bits: float
     candidates: tuple[str, ...] = ("0.5", "1", "2", "4")
     windows: int = 4
-    protocol: str = "W0"
+    protocol: str = "S128"
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.bits):
@@ -125,9 +125,15 @@ def spread_bits(
     return dict(sorted(found.items()))
 
 
-def check_spread(mixed: Mixed, layers: Iterable[int], sizes: Mapping[str, int]) -> None:
+def check_spread(mixed: Mixed, layers: Iterable[int], sizes: Mapping[str, int], window: int) -> None:
     """Raises ValueError, as `spread_bits`, if `layers` of these head sizes cannot have so few bits: codes of a vector
-    are padded to whole bytes."""
+    are padded to whole bytes. Also if nothing in a calibration `window` of so many tokens would be quantized."""
+    exact = Protocol.parse(mixed.protocol).window
+    if exact is not None and window <= exact:
+        raise ValueError(
+            f"sensitivity by protocol {mixed.protocol} reads windows of {window} tokens, of which the last {exact} are "
+            f"exact, so that nothing is quantized: raise the calibration window above {exact}, or measure by W0"
+        )
     spread_bits({(i, role): dict.fromkeys(mixed.specs, 0.0) for i in layers for role in ROLES}, sizes, mixed.bits)
 
 
