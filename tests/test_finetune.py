@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from antkv_hf import AnTKVCodebook, AnTKVConfig, VQSpec, calibrate
 from antkv_hf.anchors import get_score
+from antkv_hf.calibration import measure_noise
 from antkv_hf.calibration.exact_choice import exact_mask
 from antkv_hf.calibration.finetune import finetune, kl_gradient
 from antkv_hf.calibration.intercept import frozen_for_statistics
@@ -302,7 +303,7 @@ def test_bad_input_is_refused_before_work(codebook, monkeypatch):
         ({"steps": 2.5}, "steps=2.5 must be a whole number"),
         ({"windowed": 1.5}, "windowed=1.5 must lie between 0 and 1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
-        ({"window": 16}, "window=16 must be at least 17: the last 16 keys"),
+        ({"window": 16}, "window=16 must be at least 21: 20 tokens stay exact"),
         ({"window": 1, "windowed": 0.0}, "window=1 must be at least 2"),
         ({"tokens": 600}, "tokens=600 are 9 windows of 64, but a batch of 2 and 8 held-out windows need 10"),
         ({"tokens": 4096}, r"has 4,000 tokens \(62 windows of 64\), but its share of 100% needs 4,096"),
@@ -360,3 +361,12 @@ def test_finetuning_on_a_gpu(codebook, dtype):
     assert all(after < start for start, after in found.calibration["finetune"]["loss"].values())
     assert torch.get_float32_matmul_precision() == before
     assert found.tables[0][0].centroids.device.type == "cpu"
+
+
+def test_warnings_about_a_loss_that_rose_and_noise_that_is_lost(codebook, monkeypatch):
+    losses = iter([{"W0": 0.1, "S16": 0.1}, {"W0": 0.09, "S16": 0.2}])
+    monkeypatch.setattr(finetuning, "_losses", lambda *_: next(losses))
+    with pytest.warns(UserWarning, match="raised the held-out loss of S16 from 0.1 to 0.2 nats"):
+        found = tuned(codebook, steps=1)
+    with pytest.warns(UserWarning, match="was fine-tuned, and with it the size of its noise"):
+        measure_noise(sharp_llama(), word_tokenizer(), [small_text()], found, windows=2, window=64, progress=False)

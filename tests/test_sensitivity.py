@@ -133,7 +133,7 @@ def test_bad_spreads_are_refused():
         ),
         (
             lambda: calibrated(mixed=Mixed(1, ("d8b4",))),
-            "protocol S128 reads windows of 64 tokens, of which the last 128 are exact.*above 128, or measure by W0",
+            "windows of 64 tokens, of which the last 128 and 4 sinks are exact.*above 132, or measure by W0",
         ),
     ):
         with pytest.raises(ValueError, match=message):

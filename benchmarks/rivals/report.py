@@ -123,6 +123,7 @@ def plot_quality(rows: Sequence[Row], out: Path) -> list[Path]:
             axis.set_xscale("log", base=2)
             axis.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
         axes[0][0].set_ylabel(f"perplexity over FP, {protocol}")
-        axes[0][-1].legend(fontsize=8)
+        lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}  # of all panels
+        axes[0][-1].legend(lines.values(), lines.keys(), fontsize=8)
         written.append(save(figure, out / f"quality-{protocol.lower()}.png"))
     return written

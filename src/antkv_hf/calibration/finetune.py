@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -60,13 +61,13 @@ class Numbers:
         return {name: number for name, number in asdict(self).items() if name != "micro_batch"}
 
     def check_text(self, exact: int, name: str = "window") -> None:
-        """Raises ValueError if windows of text leave nothing to train on beside the `exact` last keys, or are few;
-        `name` is what they are set by."""
+        """Raises ValueError if windows of text leave nothing to train on beside the `exact` tokens (last keys and
+        sinks), or are few; `name` is what they are set by."""
         least = exact + 1 if self.windowed else 2
         if self.window < least:
             raise ValueError(
-                f"{name}={self.window} must be at least {least}: the last {exact} keys of a query stay exact, and only "
-                "what is older trains the tables"
+                f"{name}={self.window} must be at least {least}: {exact} tokens stay exact, the last keys of a query "
+                "and the sinks, and only the others train the tables"
             )
         if self.tokens // self.window < (needed := self.batch + HELD_OUT):
             raise ValueError(
@@ -161,7 +162,7 @@ def finetune(
     check_model(model)
     student = Student(model, codebook)
     exact = student.config.window
-    run.check_text(exact)
+    run.check_text(exact + student.config.anchors.sinks)
     pool = mix_windows(tokenizer, mix, window, tokens // window, seed)
     held, pool = pool[:HELD_OUT], pool[HELD_OUT:]
     place = None
@@ -175,6 +176,13 @@ def finetune(
         _train(model, student, pool, run, state, progress)
         tuned = AnTKVCodebook(codebook.config, student.tables(), codebook.model)
         after = _losses(model, Student(model, tuned), held, run)
+    for name, loss in after.items():
+        if loss > (start := state.facts["before"][name]):
+            warnings.warn(
+                f"fine-tuning raised the held-out loss of {name} from {start} to {loss} nats a token: judge by `antkv "
+                "evaluate` whether to keep the codebook from before, or take fewer steps or more text",
+                stacklevel=2,
+            )
     facts = run.deciding() | {
         "sources": list(sources) if sources is not None else mix.describe(),
         "loss": {name: [state.facts["before"][name], after[name]] for name in after},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
@@ -51,6 +52,12 @@ def measure_noise(
     mix = TextMix.of(texts)
     check_model(model)
     text = mix_windows(tokenizer, mix, window, windows, seed)
+    if "finetune" in codebook.calibration:
+        warnings.warn(
+            "this codebook was fine-tuned, and with it the size of its noise, now measured anew: what training gained "
+            "by it is lost",
+            stacklevel=2,
+        )
     with frozen_for_statistics(model):
         book = with_noise(model, codebook, text, progress)
     if all(key.noise is None for key, _ in book.tables.values()):
@@ -89,9 +96,11 @@ def with_noise(
         ValueError: as `ProtocolEvaluator`, for windows within the exact window, or in which nothing remains coded.
     """
     window = codebook.config.window
-    if windows.shape[1] <= window:
+    sinks = codebook.config.anchors.sinks
+    if windows.shape[1] <= window + sinks:
         raise ValueError(
-            f"windows of {windows.shape[1]} tokens lie within the exact window of {window}: give longer ones"
+            f"windows of {windows.shape[1]} tokens lie within the exact window of {window} and {sinks} sinks: give "
+            "longer ones"
         )
     products: dict[int, torch.Tensor] = {}  # by layer, of pre-RoPE codes: (kv_heads, groups, d, d)
     counts: dict[int, torch.Tensor] = {}  # (kv_heads,)

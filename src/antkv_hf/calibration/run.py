@@ -114,7 +114,8 @@ def calibrate(
     Raises:
         ValueError: before any work: too little text, an encoder or a model without full-attention layers, sizes that a
             spec does not divide, `layer_specs` of a layer without tables, fewer samples than centroids, bits that
-            `mixed` cannot keep, a `work_dir` of other settings, too little disk. Later: a loss that is not finite.
+            `mixed` cannot keep, a window in which its protocol quantizes nothing, a `work_dir` of other settings, too
+            little disk. Later: a loss that is not finite.
 
     Example:
         >>> codebook = calibrate(model, tokenizer, TextMix.from_sources(["wiki.txt"]), AnTKVConfig.preset("1bit"))
@@ -130,7 +131,9 @@ def calibrate(
     described = describe_model(model.config.get_text_config(decoder=True), base_model)
     check_sizes(_wanted(config, mixed, rotary), described, rotary, tokens, window, samples)
     if mixed is not None:
-        check_spread(mixed, rotary, {"key": described["head_dim"], "value": described["value_dim"]}, window)
+        check_spread(
+            mixed, rotary, {"key": described["head_dim"], "value": described["value_dim"]}, window, config.anchors.sinks
+        )
     windows = mix_windows(tokenizer, mix, window, tokens // window, seed)
     plan = _Plan(described, rotary, windows, _sampled_positions(len(windows), window, samples, seed))
     with ExitStack() as stack:
@@ -160,7 +163,7 @@ def calibrate(
             book = AnTKVCodebook(config, tables, described)
             if mixed is not None and sensitivity is not None:
                 sensitivity["measured"] = measured(model, mixed, book, windows, folder)
-            if window > config.window:
+            if window > config.window + config.anchors.sinks:
                 fresh = unseen_windows(tokenizer, mix, window, len(windows), seed)
                 book = with_noise(model, book, fresh, progress and processes.rank == 0)
         processes.wait()  # until all have read the tables

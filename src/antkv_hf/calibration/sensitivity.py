@@ -45,7 +45,8 @@ class Mixed:
         bits: bits of codes per element to spend on average over all quantized layers, keys and values.
         candidates: rates (or specs such as ``"d16b8s2"``) that a layer's keys or values may get.
         windows: calibration windows on which losses are measured, taken evenly from all; more make losses surer.
-        protocol: ``S<n>`` (the last n keys exact, as in use) or ``W0`` (every key and value quantized).
+        protocol: ``S<n>`` (the last n keys exact; 128 unless told, whatever the window of the config) or ``W0`` (every
+            key and value quantized).
 
     Raises:
         ValueError: bits that are no number, no candidate as small as `bits`, no window, a protocol that is not a
@@ -125,14 +126,15 @@ def spread_bits(
     return dict(sorted(found.items()))
 
 
-def check_spread(mixed: Mixed, layers: Iterable[int], sizes: Mapping[str, int], window: int) -> None:
+def check_spread(mixed: Mixed, layers: Iterable[int], sizes: Mapping[str, int], window: int, sinks: int) -> None:
     """Raises ValueError, as `spread_bits`, if `layers` of these head sizes cannot have so few bits: codes of a vector
     are padded to whole bytes. Also if nothing in a calibration `window` of so many tokens would be quantized."""
     exact = Protocol.parse(mixed.protocol).window
-    if exact is not None and window <= exact:
+    if exact and window <= exact + sinks:
         raise ValueError(
-            f"sensitivity by protocol {mixed.protocol} reads windows of {window} tokens, of which the last {exact} are "
-            f"exact, so that nothing is quantized: raise the calibration window above {exact}, or measure by W0"
+            f"sensitivity by protocol {mixed.protocol} reads windows of {window} tokens, of which the last {exact} and "
+            f"{sinks} sinks are exact, so that nothing is quantized: raise the calibration window above "
+            f"{exact + sinks}, or measure by W0"
         )
     spread_bits({(i, role): dict.fromkeys(mixed.specs, 0.0) for i in layers for role in ROLES}, sizes, mixed.bits)
 
