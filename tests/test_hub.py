@@ -64,7 +64,7 @@ def test_a_push_makes_a_complete_repo(hub, codebook):
     repo = hub.repos[REPO]
     head = repo.branches["main"]
     assert str(url) == f"{hub.url}/{REPO}/commit/{head}"
-    assert repo.messages == ["initial commit", "Codebook of someone/tiny: keys d8b8, values d8b8"]
+    assert repo.messages == ["initial commit", "Codebook of someone/tiny: d8b8/d8b8"]
     files = repo.commits[head]
     assert set(files) == {".gitattributes", "README.md", "config.json", "codebooks.safetensors"}
     config = json.loads(files["config.json"][1])

@@ -101,7 +101,7 @@ def _load_model(name: str, device: str, dtype: str):
     if name == WORD:
         model, tokenizer, place = load_demo_model()
         _say(f"model: {place}")
-        return model.to(where, dtype=torch.bfloat16 if kind == "auto" else kind), tokenizer
+        return model.to(where, dtype=None if kind == "auto" else kind), tokenizer
     _check_model_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(name)
     return AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval().to(where), tokenizer

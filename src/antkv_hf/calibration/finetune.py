@@ -184,6 +184,7 @@ def finetune(
                 stacklevel=2,
             )
     facts = run.deciding() | {
+        "dtype": str(model.dtype).removeprefix("torch."),
         "sources": list(sources) if sources is not None else mix.describe(),
         "loss": {name: [state.facts["before"][name], after[name]] for name in after},
         "date": date.today().isoformat(),

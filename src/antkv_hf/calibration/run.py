@@ -174,6 +174,7 @@ def calibrate(
         "samples": plan.kept.numel(),
         "seed": seed,
         "iterations": iterations,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "relative_error": errors,
         "date": date.today().isoformat(),
         "versions": {"antkv-hf": _version(), "torch": torch.__version__, "transformers": transformers.__version__},
