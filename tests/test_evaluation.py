@@ -387,7 +387,7 @@ def test_rows_in_a_codebook_and_its_card(book, tmp_path):
 # -------------------------------------------------------------------- the real model
 @pytest.mark.slow
 def test_streaming_protocol_predicts_the_cache(antkv_data):
-    """S128 and the real cache agree within 3%, and one bit costs less than 10% of perplexity on common prose."""
+    """S128 and the real cache agree within 3%, and one bit costs less than 5% of perplexity on common prose."""
     from antkv_hf.demo import find_codebook
     from antkv_hf.demo_model import load_demo_model
     from antkv_hf.texts import load_texts, token_windows
@@ -403,4 +403,4 @@ def test_streaming_protocol_predicts_the_cache(antkv_data):
     rows = evaluate(model, tokenizer, windows, book, protocols=("FP", "S128", "cache"))
     _, streaming, cache = rows
     assert streaming.perplexity == pytest.approx(cache.perplexity, rel=0.03)
-    assert 1.0 < streaming.ratio < 1.10
+    assert abs(streaming.ratio - 1) > 1e-5 and streaming.ratio < 1.05  # by chance it may be below 1

@@ -188,6 +188,8 @@ def choices(
         raise ValueError("there is nothing to choose among: name presets or codebooks, e.g. 2bit or ott-4bit")
     found = []
     for name, config, book in named:
+        if book is not None:
+            _check(name, book, model_config, [])  # of another model: before its layers are counted against this one's
         layers = [i for i, kept in enumerate(_cache_layers(model_config, config)) if kept is None]
         if book is not None:
             _check(name, book, model_config, layers)

@@ -361,6 +361,8 @@ def _layers(
             f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kept}): only those of full "
             "attention over all past tokens are. Use DynamicCache for this model."
         )
+    if codebook is not None:  # before its layers are counted against another model's
+        codebook.check_model(text)
     check_layer_numbers(config, len(layers))
     if len(layers) - len(plain) > len(config.skip_layers):
         warnings.warn(
