@@ -262,8 +262,7 @@ def calibrate(
         )
     for _, config, _ in runs if finetune else ():  # before k-means, which takes minutes
         numbers = Numbers(steps=finetune, tokens=tokens, window=finetune_window)
-        tuned = given.config if given else config
-        numbers.check_text(tuned.window + tuned.anchors.sinks, "--finetune-window")
+        numbers.check_text(given.config if given else config, "--finetune-window")
     mix, window = TextMix.from_sources(texts), 2048 if window is None else window
     with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(on_cpu(device)) as processes:
         loaded, tokenizer = _load_model(model, device_of(device, processes.local_rank), dtype)

@@ -81,8 +81,8 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         self._rotaries: dict[tuple | None, Rotary] = {}
 
     # ---------------------------------------------------------------- use
-    def check_model(self, text_config) -> None:
-        """Raises ValueError, naming the numbers, if the codebook is of another model."""
+    def check(self, text_config, config: AnTKVConfig, layers: list[int]) -> None:
+        """Raises ValueError, naming the numbers, if the codebook does not fit this model, config or set of layers."""
         found = describe_model(text_config)
         mine = self.model
         for name in ("model_type", "num_hidden_layers", "kv_heads", "head_dim", "value_dim"):
@@ -91,10 +91,6 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                     f"this codebook was made for {mine['base_model']} ({name} {mine[name]}), but the model has {name} "
                     f"{found[name]}: load the codebook of this model, or make one with `antkv calibrate`"
                 )
-
-    def check(self, text_config, config: AnTKVConfig, layers: list[int]) -> None:
-        """Raises ValueError, naming the numbers, if the codebook does not fit this model, config or set of layers."""
-        self.check_model(text_config)
         for layer in layers:
             (key, value), held = config.specs(layer), self.config.specs(layer)
             if (key, value) != held or config.rope != self.config.rope:

@@ -361,9 +361,6 @@ def _layers(
             f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kept}): only those of full "
             "attention over all past tokens are. Use DynamicCache for this model."
         )
-    if codebook is not None:  # before its layers are counted against another model's
-        codebook.check_model(text)
-    check_layer_numbers(config, len(layers))
     if len(layers) - len(plain) > len(config.skip_layers):
         warnings.warn(
             f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers of {text.model_type}, those of full attention; "
@@ -383,6 +380,7 @@ def _layers(
             )
         codebook.check(text, config, plain)
         codec_for_device = codebook.codec_factory(config, model_rotary(model_config), device_mesh)
+    check_layer_numbers(config, len(layers))  # last: a codebook of another model has been named as such
     for i in plain:
         layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device, max_length))
     return layers

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..codebook import AnTKVCodebook, describe_model
+from ..config import AnTKVConfig
 from ..texts import TextMix, mix_windows
 from .checks import check_model, weights_digest
 from .finetune_state import TrainingState
@@ -60,9 +61,10 @@ class Numbers:
         """Those that decide the tables; `micro_batch` does by rounding only."""
         return {name: number for name, number in asdict(self).items() if name != "micro_batch"}
 
-    def check_text(self, exact: int, name: str = "window") -> None:
-        """Raises ValueError if windows of text leave nothing to train on beside the `exact` tokens (last keys and
-        sinks), or are few; `name` is what they are set by."""
+    def check_text(self, config: AnTKVConfig, name: str = "window") -> None:
+        """Raises ValueError if windows of text leave nothing to train on beside the exact tokens (last keys and sinks),
+        or are few; `name` is what they are set by."""
+        exact = config.window + config.anchors.sinks
         least = exact + 1 if self.windowed else 2
         if self.window < least:
             raise ValueError(
@@ -162,7 +164,7 @@ def finetune(
     check_model(model)
     student = Student(model, codebook)
     exact = student.config.window
-    run.check_text(exact + student.config.anchors.sinks)
+    run.check_text(student.config)
     pool = mix_windows(tokenizer, mix, window, tokens // window, seed)
     held, pool = pool[:HELD_OUT], pool[HELD_OUT:]
     place = None

@@ -31,7 +31,7 @@ class VQTables:
         metric_root: ``(kv_heads, groups, sub_dim, sub_dim)``, with `permutation` only.
         synthesis: ``(kv_heads, head_dim, head_dim)``, latent to plain, or None.
         noise: of keys, with `permutation` only: ``(kv_heads, groups, sub_dim, sub_dim)``, covariance of what the codes
-            lose of a sub-vector after RoPE, see `reference.code_bias`; fine-tuning holds it as it was. None (as in
+            lose of a sub-vector after RoPE, see `reference.code_bias`; fine-tuning trains its size. None (as in
             codebooks of format 1 and 2): logits of coded tokens are not corrected.
     """
 
