@@ -114,6 +114,30 @@ def test_calibration_spreads_bits(tmp_path, monkeypatch):
     assert row.method.startswith("mixed d")
 
 
+def test_candidates_are_tried_with_the_bias_that_they_will_have(tmp_path, monkeypatch):
+    """Windows beyond the exact window: each candidate's keys carry noise of their own, so coarser ones more."""
+    seen, original = [], layer_costs
+
+    def watched(model, rows, protocol, config, layer, rotary, tables):
+        seen.append(tables)
+        return original(model, rows, protocol, config, layer, rotary, tables)
+
+    monkeypatch.setattr(sensitivity, "layer_costs", watched)
+    book = calibrate(
+        small_llama(), word_tokenizer(), [small_text()], AnTKVConfig(window=16), tokens=512, window=64, samples=400,
+        iterations=3, progress=False, mixed=Mixed(1.0, SMALL.candidates, 2, "S16"), work_dir=tmp_path,
+    )  # fmt: skip
+    loudness = [
+        [float(t["key", VQSpec.parse(s)].noise.diagonal(dim1=-2, dim2=-1).sum()) for s in ("d8b4", "d4b4", "d2b4")]
+        for t in seen
+    ]
+    assert len(seen) == 2 and all(a > b > c > 0 for a, b, c in loudness)
+    assert all(key.noise is not None for key, _ in book.tables.values())
+    (sensitivity_file,) = {f.parent for f in tmp_path.rglob("sensitivity-*/*.json")}
+    calibrated(mixed=Mixed(1.0, SMALL.candidates, 2, "W0"), work_dir=tmp_path)  # no bias here: losses of their own
+    assert len({f.parent for f in tmp_path.rglob("sensitivity-*/*.json")} - {sensitivity_file}) == 1
+
+
 def test_bad_spreads_are_refused():
     for make, message in (
         (

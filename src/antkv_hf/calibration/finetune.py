@@ -133,7 +133,8 @@ def finetune(
         steps, batch: steps of Adam, and windows of text in each.
         window: tokens of a window of text, more than the codebook's exact window.
         windowed: share of the steps in which the recent window is exact, spread evenly.
-        learning_rate: of the first step, as a share of the root mean square of a table's centroids.
+        learning_rate: of the first step, as a share of the root mean square of a table's centroids at 1 bit an element;
+            finer tables take steps as much smaller as their centroids lie closer, coarser ones larger.
         seed: decides text and order. The same seed gives the same tables on a CPU with the same number of threads; on
             a GPU the backward pass of attention adds in an order that changes, so they agree to rounding only.
         tokens: of text to draw from, used again once all is seen; 8 windows of it are held out to measure the loss.
@@ -203,7 +204,7 @@ def _settings(model: PreTrainedModel, codebook: AnTKVCodebook, run: Numbers, poo
     """All that decides the tables."""
     described = describe_model(model.config.get_text_config(decoder=True))
     return {
-        "format": 2,
+        "format": 3,
         "model": digest({k: v for k, v in described.items() if k != "base_model"}),
         "weights": weights_digest(model),
         "dtype": str(model.dtype),

@@ -152,20 +152,22 @@ def calibrate(
         _collect(model, plan, folder, batch_size, progress, processes)
         wanted = _wanted(config, mixed, rotary)
         _learn(wanted, plan, folder, model.device, iterations, seed, progress, processes)
+        fresh = None  # windows within the exact window have no coded tokens to measure noise on
+        if window > config.window + config.anchors.sinks:
+            fresh = unseen_windows(tokenizer, mix, window, len(windows), seed)
         sensitivity = None
         if mixed is not None:
             with frozen_for_statistics(model):
                 config, sensitivity = search(
-                    model, mixed, config, described, rotary, windows, folder, progress, processes
+                    model, mixed, config, described, rotary, windows, fresh, folder, progress, processes
                 )
         tables, errors = _tables(config, rotary, folder)
         with frozen_for_statistics(model):
             book = AnTKVCodebook(config, tables, described)
-            if mixed is not None and sensitivity is not None:
-                sensitivity["measured"] = measured(model, mixed, book, windows, folder)
-            if window > config.window + config.anchors.sinks:
-                fresh = unseen_windows(tokenizer, mix, window, len(windows), seed)
+            if fresh is not None:
                 book = with_noise(model, book, fresh, progress and processes.rank == 0)
+            if mixed is not None and sensitivity is not None:
+                sensitivity["measured"] = measured(model, mixed, book, windows, fresh, folder)
         processes.wait()  # until all have read the tables
     made = {
         "sources": list(sources) if sources is not None else mix.describe(),

@@ -1,8 +1,8 @@
 """Bits where they count: what each layer's keys and values lose at each rate, and the spread that loses least.
 
 The loss of a spec in one place (a layer's keys, or its values) is the mean KL(plain logits || logits) of a token while
-nothing else is quantized, under a one-shot protocol of `evaluation.protocols` with anchors and sinks as in use. Losses
-of several places are taken to add up; what the spread really loses is measured in the end.
+nothing else is quantized, under a one-shot protocol of `evaluation.protocols` with anchors, sinks and the bias of coded
+tokens as in use. Losses of several places are taken to add up; what the spread really loses is measured in the end.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..config import AnTKVConfig
 from ..evaluation.protocols import Protocol, ProtocolEvaluator
 from ..rotary import Rotary
 from ..specs import VQSpec, spec_for
+from .noise import with_noise
 from .processes import Processes
 from .work_folder import WorkFolder, save_json
 
@@ -151,6 +152,7 @@ def search(
     described: Mapping[str, Any],
     rotary: Mapping[int, Rotary | None],
     windows: torch.Tensor,
+    fresh: torch.Tensor | None,
     folder: WorkFolder,
     progress: bool,
     processes: Processes,
@@ -159,6 +161,7 @@ def search(
 
     Args:
         described: see `codebook.describe_model`. windows: of the calibration; see `Mixed`.
+        fresh: other windows, on which the noise of each candidate is measured (`with_noise`). None: no bias.
         folder: holds the tables of all candidates; what is measured is kept there.
 
     Returns:
@@ -170,6 +173,7 @@ def search(
         "windows": len(rows),
         "anchors": asdict(config.anchors),
         "chunk": config.chunk,
+        "bias": fresh is not None,
     }
     files = {layer: folder.costs_file(settings, layer) for layer in sorted(rotary)}
     known = {layer: _read_costs(file) for layer, file in files.items()}
@@ -178,11 +182,16 @@ def search(
     ]
     processes.wait()  # until all have seen what is missing
     own = processes.share(missing)
+    books = {}
+    for spec in mixed.specs if own else ():
+        books[spec] = _uniform_book(config, spec, rotary, described, folder)
+        if fresh is not None:
+            books[spec] = with_noise(model, books[spec], fresh)
     for layer in tqdm(own, desc="sensitivity", unit="layer", disable=not progress or processes.rank > 0):
         held = known[layer]
         tables = {
-            (role, spec): folder.read_tables(layer, role, spec)[0]
-            for role in ROLES
+            (role, spec): books[spec].tables[layer][i]
+            for i, role in enumerate(ROLES)
             for spec in mixed.specs
             if str(spec) not in held.get(role, {})
         }
@@ -213,16 +222,30 @@ def search(
 
 
 def measured(
-    model: PreTrainedModel, mixed: Mixed, book: AnTKVCodebook, windows: torch.Tensor, folder: WorkFolder
+    model: PreTrainedModel,
+    mixed: Mixed,
+    book: AnTKVCodebook,
+    windows: torch.Tensor,
+    fresh: torch.Tensor | None,
+    folder: WorkFolder,
 ) -> dict[str, float]:
     """Loss of the spread and of the largest candidate in all layers, nats a token, on the windows of `search`."""
     rows, spec = windows[_spread(len(windows), mixed.windows)], mixed.uniform()
-    tables = {i: (folder.read_tables(i, "key", spec)[0], folder.read_tables(i, "value", spec)[0]) for i in book.tables}
-    same = AnTKVCodebook(book.config.replace(key=spec, value=spec, layer_specs={}), tables, book.model)
+    same = _uniform_book(book.config, spec, book.tables, book.model, folder)
+    if fresh is not None:
+        same = with_noise(model, same, fresh)
     return {
         name: _rounded(cache_cost(model, rows, mixed.protocol, held))
         for name, held in (("mixed", book), (str(spec), same))
     }
+
+
+def _uniform_book(
+    config: AnTKVConfig, spec: VQSpec, layers: Iterable[int], described: Mapping[str, Any], folder: WorkFolder
+) -> AnTKVCodebook:
+    """A codebook of one candidate in all `layers`, from the tables in the folder."""
+    tables = {i: (folder.read_tables(i, "key", spec)[0], folder.read_tables(i, "value", spec)[0]) for i in layers}
+    return AnTKVCodebook(config.replace(key=spec, value=spec, layer_specs={}), tables, dict(described))
 
 
 def _rounded(loss: float) -> float:

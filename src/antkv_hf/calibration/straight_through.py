@@ -30,14 +30,15 @@ from .intercept import calibration_attention_forward, dense_attention
 
 NAME = "antkv_finetuning"
 ROWS = 1024  # queries answered at a time: keys that come after them are left out
-PACE = 4  # log of a factor on noise for a step that moves a table's centroids by their root mean square
+PACE = 4  # log of a factor on noise for a parameter that moves by 1, the distance of neighbouring centroids
 
 
 class TrainedQuantizer:
     """A `VectorQuantizer` whose centroids are a parameter, and so are the sizes of its noise, one a sub-vector.
 
-    They are trained in the space in which they are chosen, for keys that of the metric root, as shares of the root mean
-    square of their table: there a step costs about the same in every table, so one learning rate serves all. The means
+    They are trained in the space in which they are chosen, for keys that of the metric root, in units of the distance
+    between neighbours in their table, about rms * 2**(1 - bits) of a stage with so many bits an element: there a step
+    costs about the same in every table, so one learning rate serves all rates. The means
     are not trained: moving them is moving all centroids of a table. Noise keeps its form; its sizes are trained because
     what was measured is the error of a key, of which the second cumulant of a softmax's sum is only the first term.
 
@@ -48,7 +49,9 @@ class TrainedQuantizer:
     def __init__(self, quantizer: VectorQuantizer):
         self._quantizer, root = quantizer, quantizer.metric_root
         start = quantizer.encode_centroids  # (kv_heads * groups, stages, K, sub_dim)
-        self._scale = start.square().mean((2, 3), keepdim=True).sqrt().clamp_min(torch.finfo(start.dtype).tiny)
+        spread = 2 ** (1 - quantizer.spec.code_bits / quantizer.spec.sub_dim)
+        self._scale = spread * start.square().mean((2, 3), keepdim=True).sqrt()
+        self._scale.clamp_min_(torch.finfo(start.dtype).tiny)
         self._to_plain = None if root is None else torch.linalg.inv(root.double()).mT.to(root.dtype)
         self.parameter = (start / self._scale).requires_grad_()
         self.loudness = None if quantizer.noise is None else quantizer.noise.new_zeros(quantizer.noise.shape[:2])
