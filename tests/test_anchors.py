@@ -13,7 +13,7 @@ from antkv_hf import AnTKVCache, AnTKVConfig
 from antkv_hf.anchors import SCORES, TokenContext, anchors_per_chunk, get_score, select_anchors
 from antkv_hf.config import AnchorConfig
 from antkv_hf.reference.attention import Visibility
-from antkv_hf.reference.scores import BLOCK, NEAR_BLOCKS, column_statistic, squared_attention_term
+from antkv_hf.reference.scores import BLOCK, NEAR_BLOCKS, SIDE, column_statistic, squared_attention_term
 
 PADDING = 13
 
@@ -117,8 +117,10 @@ def test_unknown_score_names_the_known_ones():
     assert set(SCORES) >= {"error_aware", "anchor_score", "random", "none"}
 
 
-def test_query_stride_weighs_by_absolute_index_and_chunks_add_up():
+@pytest.mark.parametrize("side", SIDE.values())
+def test_query_stride_weighs_by_absolute_index_and_chunks_add_up(side, monkeypatch):
     """Against the dense map with explicit weights; one pass or chunks; with causality, a mask and left padding."""
+    monkeypatch.setitem(SIDE, "cpu", side)
     g = torch.Generator().manual_seed(0)
     batch, heads, group, n, dim = 2, 2, 2, 900, 16
     query = torch.randn(batch, heads, group, n, dim, generator=g)

@@ -82,7 +82,7 @@ def calibrate(
     Peak memory beside the weights is the larger of
         activations of `batch_size` windows (their whole graph) + 2 * batch_size * window * vocabulary elements
         + 3 * heads * 512 * 1024 * 4 bytes, and
-        6 * samples * kv_heads * head_dim * 4 bytes + 192 MB (one layer's keys or values, and k-means).
+        6 * samples * kv_heads * head_dim * 4 bytes + 400 MB (one layer's keys or values, and k-means).
     Disk, in `work_dir`: samples * layers * kv_heads * (4 * (head_dim + value_dim) + 1) bytes, e.g. 6 GB for 131,072
     samples of 30 layers with 3 kv heads of size 64.
 

@@ -87,7 +87,8 @@ def _recent_attention(query, keys, values, window: int, scale: float, softcap, s
     """Attention of each query over its last `window` keys: output and LSE as `exact_with_lse`."""
     kv_heads, n = keys.shape[1:3]
     q_all, parts = grouped(query, kv_heads), []
-    rows = min(window, ROWS)  # at a time: as many as make half of what is computed count, or as memory allows
+    # At a time: as many as make half of what is computed count, or as memory allows; a GPU waits for launches instead.
+    rows = min(window, ROWS) if keys.device.type == "cpu" else ROWS
     for start in range(0, n, rows):
         stop, first = min(start + rows, n), max(start - window + 1, 0)
         row = torch.arange(start, stop, device=keys.device).unsqueeze(1)

@@ -14,8 +14,9 @@ import torch
 
 from .attention import Visibility, logits_of
 
-# Queries and keys at a time. Small blocks stay in a CPU's cache and leave out most of what causality hides.
-ROWS, COLUMNS = 256, 256
+# Queries and keys at a time. Small blocks stay in a CPU's cache and leave out most of what causality hides; on a GPU
+# each costs a dozen launches.
+SIDE = {"cpu": 256, "other": 1024}
 # With a query stride > 1 every query of a key's own BLOCK and of the NEAR_BLOCKS after it still counts: a token's own
 # neighbourhood decides most.
 BLOCK, NEAR_BLOCKS = 128, 2
@@ -94,10 +95,11 @@ def column_statistic(
         unseen = unseen | (index < first_query.unsqueeze(1))[:, None, None]
     lse = lse.masked_fill(unseen, float("inf"))  # so that their probabilities are 0
     out = torch.zeros(batch, kv_heads, keys.shape[2], device=keys.device)
-    for columns in _column_blocks(keys.shape[2], first_column, stride):
+    side = SIDE["cpu" if keys.device.type == "cpu" else "other"]
+    for columns in _column_blocks(keys.shape[2], first_column, stride, side):
         first, stop = first_column + columns.start, first_column + columns.stop
         near_end = (first // BLOCK + NEAR_BLOCKS + 1) * BLOCK  # of every column of the block, where stride > 1
-        for rows, weight in _row_blocks(near_end, past, q_len, stride):
+        for rows, weight in _row_blocks(near_end, past, q_len, stride, side):
             if causal and first >= past + rows.stop:
                 continue  # these keys come after every query of the block
             q = query[:, :, :, rows]
@@ -115,23 +117,23 @@ def column_statistic(
     return out
 
 
-def _column_blocks(n: int, first_column: int, stride: int) -> Iterator[slice]:
-    """Slices of the `n` keys; with a stride the keys of a slice lie in one BLOCK, so that the same queries are near."""
+def _column_blocks(n: int, first_column: int, stride: int, side: int) -> Iterator[slice]:
+    """Slices of the `n` keys, of at most `side`; with a stride the keys of a slice lie in one BLOCK, so that the same queries are near."""
     if stride == 1:
-        cuts = [*range(0, n, COLUMNS), n]
+        cuts = [*range(0, n, side), n]
     else:
         cuts = [0, *range(BLOCK - first_column % BLOCK, n, BLOCK), n]
     return (slice(start, stop) for start, stop in pairwise(cuts) if start < stop)
 
 
-def _row_blocks(near_end: int, past: int, q_len: int, stride: int) -> Iterator[tuple[slice, int]]:
-    """Slices of the queries with their weight: all those before column `near_end`, then every `stride`-th."""
+def _row_blocks(near_end: int, past: int, q_len: int, stride: int, side: int) -> Iterator[tuple[slice, int]]:
+    """Slices of at most `side` queries with their weight: all those before column `near_end`, then every `stride`-th."""
     near = q_len if stride == 1 else min(max(near_end - past, 0), q_len)
-    for row in range(0, near, ROWS):
-        yield slice(row, min(row + ROWS, near)), 1
+    for row in range(0, near, side):
+        yield slice(row, min(row + side, near)), 1
     first = near + (stride - 1 - past - near) % stride
-    for row in range(first, q_len, ROWS * stride):
-        yield slice(row, min(row + ROWS * stride, q_len), stride), stride
+    for row in range(first, q_len, side * stride):
+        yield slice(row, min(row + side * stride, q_len), stride), stride
 
 
 def _rows_of(visibility: Visibility, rows: slice) -> Visibility:
