@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad
 
-from ..anchors import TokenContext, best_tokens, get_score, select_anchors
+from ..anchors import get_score
 from ..config import AnTKVConfig
+from ..evaluation.chunk_anchors import best_of_chunks, last_queries
 from ..reference.attention import grouped, logits_of
 from ..reference.scores import ColumnTerm
 
@@ -34,38 +34,12 @@ def exact_mask(
     if score is None or not anchors.enabled:
         return sinks
     chunk = config.chunk if window else n
-    last = ((index // chunk + 1) * chunk + window - 1).clamp_max(n - 1)  # query that scores a token, (n,)
-    q = grouped(query, kv_heads)
-    statistic = None
+    last, q, statistic = last_queries(n, chunk, window, keys.device), grouped(query, kv_heads), None
     if score.term is not None:
         statistic = _statistic(score.term, q, keys, values, last, scale, softcap, sink_logit)
-    moment = (q.square().sum(-1) * (scale**2 / q.shape[-1])).mean(2).cumsum(-1)
-    variance = moment[..., last] / (last + 1)
-    scores, full = [], n - n % chunk
-    for part, size in ((slice(0, full), chunk), (slice(full, n), n - full)):
-        if part.start == part.stop:
-            continue
-
-        def by_chunk(x: torch.Tensor, part=part, size=size) -> torch.Tensor:  # (batch * chunks, kv_heads, size, ...)
-            return x[:, :, part].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
-
-        context = TokenContext(
-            statistic=None if statistic is None else by_chunk(statistic),
-            keys=by_chunk(keys),
-            values=by_chunk(values),
-            key_error=by_chunk(errors[0]),
-            value_error=by_chunk(errors[1]),
-            logit_variance=by_chunk(variance)[..., :1],
-            positions=index[part].view(-1, size).repeat(batch, 1),
-        )
-        scores.append(score.score(context).unflatten(0, (batch, -1)).transpose(1, 2).flatten(2))
-    padded = pad(torch.cat(scores, 2).masked_fill(sinks, float("-inf")), (0, -n % chunk), value=float("-inf"))
-    chosen = select_anchors(padded, anchors.fraction, chunk)
-    best = padded.gather(2, chosen)
-    if anchors.max_tokens:
-        kept = best_tokens(best, anchors.max_tokens)
-        chosen, best = chosen.gather(2, kept), best.gather(2, kept)
-    mask = torch.zeros_like(padded, dtype=torch.bool).scatter_(2, chosen, best > float("-inf"))
+    chosen, best = best_of_chunks(score, config, chunk, q, keys, values, errors, statistic, last, scale)
+    mask = torch.zeros(batch, kv_heads, n + -n % chunk, dtype=torch.bool, device=keys.device)  # of whole chunks
+    mask.scatter_(2, chosen, best > float("-inf"))
     return sinks | mask[..., :n]
 
 

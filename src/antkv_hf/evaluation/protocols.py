@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ..anchors import AnchorScore, TokenContext, best_tokens, get_score, select_anchors
+from ..anchors import AnchorScore, get_score
 from ..attention.backends import Encoded
 from ..attention.reference_backend import REFERENCE
 from ..cache.cache import AnTKVCache
@@ -41,6 +40,7 @@ from ..exact_tokens import ExactTokens, sink_dtype
 from ..reference.attention import Visibility, grouped
 from ..reference.scores import column_statistic
 from ..storage import ENCODE_BLOCK, Snapshot
+from .chunk_anchors import best_of_chunks, last_queries
 from .windowed import exact_with_lse, windowed_attention
 
 NAME = "antkv_evaluation"
@@ -304,41 +304,17 @@ def choose_anchors(
     ``(c + 1) * chunk + window - 1``, those that a streaming cache has seen when it encodes the chunk. Sinks are never
     anchors.
     """
-    n, kv_heads, device = keys.shape[2], keys.shape[1], keys.device
+    n = keys.shape[2]
     chunk = config.chunk if window else n
-    first = torch.arange(0, n, chunk, device=device)
-    last_query = (first + chunk + window - 1).clamp_max(n - 1)  # (chunks,)
-    q = grouped(query, kv_heads)
-    statistic = None
+    last, q, statistic = last_queries(n, chunk, window, keys.device), grouped(query, keys.shape[1]), None
     if score.term is not None:
         out, lse = exact_with_lse(query, keys, values, scale, softcap, sink_logit)
-        limit = None if not window else last_query.repeat_interleave(chunk)[:n]
+        limit = last if window else None
         view = Visibility(None, n > 1, n, n)
         statistic = column_statistic(
             score.term, q, keys, values, out, lse, view, 0, scale, softcap, last_query=limit, stride=stride
         )
-    moment = (q.square().sum(-1) * (scale**2 / q.shape[-1])).mean(2).cumsum(-1)  # (batch, kv_heads, n)
-    variance = moment[..., last_query] / (last_query + 1)  # mean over the queries seen, (batch, kv_heads, chunks)
-    scores = []
-    for c, start in enumerate(range(0, n, chunk)):
-        part = slice(start, min(start + chunk, n))
-        context = TokenContext(
-            statistic=None if statistic is None else statistic[:, :, part],
-            keys=keys[:, :, part],
-            values=values[:, :, part],
-            key_error=errors[0][:, :, part],
-            value_error=errors[1][:, :, part],
-            logit_variance=variance[:, :, c : c + 1],
-            positions=torch.arange(part.start, part.stop, device=device).expand(keys.shape[0], -1),
-        )
-        scores.append(score.score(context))
-    padded = pad(torch.cat(scores, 2), (0, -n % chunk), value=float("-inf"))
-    padded[:, :, : config.anchors.sinks] = float("-inf")
-    index = select_anchors(padded, config.anchors.fraction, chunk)
-    best = padded.gather(2, index)
-    if config.anchors.max_tokens:  # those that a cache holds in the end: the others are read as codes throughout
-        kept = best_tokens(best, config.anchors.max_tokens)
-        index, best = index.gather(2, kept), best.gather(2, kept)
+    index, best = best_of_chunks(score, config, chunk, q, keys, values, errors, statistic, last, scale)
     return index.masked_fill(best == float("-inf"), -1)
 
 

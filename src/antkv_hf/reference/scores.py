@@ -118,7 +118,7 @@ def column_statistic(
 
 
 def _column_blocks(n: int, first_column: int, stride: int, side: int) -> Iterator[slice]:
-    """Slices of the `n` keys, of at most `side`; with a stride the keys of a slice lie in one BLOCK, so that the same queries are near."""
+    """Slices of the `n` keys, at most `side` long; with a stride each lies in one BLOCK (the same near queries)."""
     if stride == 1:
         cuts = [*range(0, n, side), n]
     else:
@@ -127,7 +127,7 @@ def _column_blocks(n: int, first_column: int, stride: int, side: int) -> Iterato
 
 
 def _row_blocks(near_end: int, past: int, q_len: int, stride: int, side: int) -> Iterator[tuple[slice, int]]:
-    """Slices of at most `side` queries with their weight: all those before column `near_end`, then every `stride`-th."""
+    """Slices of at most `side` queries, and their weight: all before column `near_end`, then every `stride`-th."""
     near = q_len if stride == 1 else min(max(near_end - past, 0), q_len)
     for row in range(0, near, side):
         yield slice(row, min(row + side, near)), 1
