@@ -204,19 +204,3 @@ def test_what_is_no_option_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         antkv_generate(cuda_graphs=False)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [True, dict(mode="max-autotune-no-cudagraphs")], ids=("default", "autotuned"))
-def test_on_a_gpu_within_cuda_graphs(llama, options):
-    """Inductor's kernels within captured steps: the tokens of a float32 model as they are without them."""
-    model = tiny_llama(num_hidden_layers=2).cuda()
-    book, batch, before = random_codebook(model, CONFIG), inputs(0, 7, device="cuda"), state_of(model)
-    found = []
-    for compiled in (False, options):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*goes on without.*")
-            generate = antkv_generate(book, cuda_graphs=None, compile_mlps=compiled)
-            found.append(run(model, batch, custom_generate=generate))
-    assert torch.equal(*found)
-    assert_untouched(model, before)

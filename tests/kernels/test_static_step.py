@@ -233,6 +233,21 @@ def test_cuda_graphs_write_the_same_tokens(lane, case, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", [True, dict(mode="max-autotune-no-cudagraphs")], ids=("default", "autotuned"))
+def test_compiled_mlps_in_cuda_graphs(options):
+    """Inductor's kernels in captured steps write the tokens of a float32 model, which is left as it was."""
+    model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto")
+    ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0)).cuda()
+    lengths = dict(max_new_tokens=80, min_new_tokens=80, do_sample=False)
+    written = []
+    for compiled in (False, options):
+        generate = antkv_generate(codebook, cuda_graphs=True, compile_mlps=compiled)
+        written.append(model.generate(ids, custom_generate=generate, **lengths))
+    assert torch.equal(*written)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_static_decode_attention_on_a_gpu(dtype):
     codec = random_codec("d8b8", "d8b8", 8, 128, device="cuda")
