@@ -103,8 +103,8 @@ def test_calibrate_your_model(example, given, tmp_path):
 
 def test_multi_gpu(example, given):
     out = example("multi_gpu", *given)
-    places = [line for line in out.splitlines() if " bytes of cache" in line]
-    assert len(places) == max(1, min(torch.cuda.device_count(), 2))
+    places = [line.split() for line in out.splitlines() if " bytes of cache" in line]
+    assert sum(int(words[1]) for words in places) == 2  # layers; accelerate may put so small a model on one GPU
     assert torch.cuda.device_count() > 1 or "all layers go to one device" in out
 
 
