@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,19 +10,17 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from ..anchors import get_score
 from ..attention.backends import select_backend
 from ..codebook import AnTKVCodebook, describe_model
-from ..codecs import CodecForDevice, IdentityCodec, LayerCodec, scalar_codecs
-from ..config import AnTKVConfig, ScalarSpec, VQSpec
+from ..config import AnTKVConfig, VQSpec
 from ..static_storage import size_obstacle
 from ..tensor_parallel import check_heads, tp_size
 from . import budget, interface, persistence
+from .build import cache_layers
 from .footprint import MemoryFootprint
-from .layer import AnTKVLayer, LayerPlan, check_layer_numbers, layers_kept_as_they_are, quantizable_layers
-from .model_rotary import model_rotary
+from .layer import AnTKVLayer
 from .prompt_guard import PromptGuard, forward_input_ids, generate_input_ids
 
 
@@ -88,7 +85,7 @@ class AnTKVCache(Cache):
         self.tp_size = tp_size(model_config, device_mesh)
         if self.tp_size > 1:
             check_heads(text, describe_model(text)["kv_heads"], self.tp_size)
-        layers = _layers(model_config, text, config, codebook, max_length, device_mesh)
+        layers = cache_layers(model_config, text, config, codebook, max_length, device_mesh)
         self.antkv_config, self.codebook, self.on_new_prompt = config, codebook, on_new_prompt
         self.max_length = max_length
         self._text_config = text  # what `save` tells of the model
@@ -335,59 +332,3 @@ class AnTKVCache(Cache):
             )
         if why is not None:
             self.reset()
-
-
-def _layers(
-    model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None, max_length: int | None, device_mesh: Any
-) -> list:
-    """Transformers' own layers for this model, with the plain full-attention ones replaced by quantized ones."""
-    if getattr(text, "kv_lora_rank", None):
-        raise ValueError(
-            f"{text.model_type} uses multi-head latent attention (kv_lora_rank={text.kv_lora_rank}): its cache holds "
-            "latents, not keys and values. Use DynamicCache for this model."
-        )
-    score = get_score(config.anchors.score)
-    try:
-        layers = list(DynamicCache(config=model_config).layers)
-    except KeyError as error:  # some models register their cache layers only when they are loaded
-        raise ValueError(
-            f"transformers knows no cache layer for the {error} layers of {text.model_type}: load the model first, or "
-            "leave past_key_values out"
-        ) from error
-    plain = quantizable_layers(layers, config)
-    kept = layers_kept_as_they_are(layers, config)
-    if not plain:
-        raise ValueError(
-            f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kept}): only those of full "
-            "attention over all past tokens are. Use DynamicCache for this model."
-        )
-    if len(layers) - len(plain) > len(config.skip_layers):
-        warnings.warn(
-            f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers of {text.model_type}, those of full attention; "
-            f"the others stay as transformers keeps them ({kept})",
-            stacklevel=3,
-        )
-    codec_for_device: CodecForDevice = _identity_codec
-    if isinstance(config.key, ScalarSpec):
-        if codebook is not None:
-            raise ValueError(f"codec {config.key} needs no codebook: leave codebook out, or give a config of its bits")
-        codec_for_device = scalar_codecs(config, model_rotary(model_config))
-    elif not config.is_identity:
-        if codebook is None:
-            raise ValueError(
-                f"codec {config.key} needs a codebook of this model: load one with AnTKVCache.from_pretrained(...), "
-                'make one with `antkv calibrate`, or do without: AnTKVConfig.preset("ott-2bit")'
-            )
-        codebook.check(text, config, plain)
-        codec_for_device = codebook.codec_factory(config, model_rotary(model_config), device_mesh)
-    check_layer_numbers(config, len(layers))  # last: a codebook of another model has been named as such
-    for i in plain:
-        layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device, max_length))
-    return layers
-
-
-_IDENTITY = LayerCodec(IdentityCodec(), IdentityCodec())
-
-
-def _identity_codec(layer_idx: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
-    return _IDENTITY
