@@ -115,6 +115,43 @@ def test_reuse_with_another_prompt(llama, cache):
     llama.generate(ids(60, seed=1), past_key_values=cache, max_new_tokens=4)
 
 
+@pytest.mark.parametrize("extra", ({}, dict(prompt_lookup_num_tokens=4), dict(num_beams=3), "custom"))
+@pytest.mark.parametrize("lane", ("sdpa", "antkv"))
+def test_a_prompt_without_a_new_token(llama, cache, codebook, lane, extra):
+    """transformers would read it all again, behind itself, and write another text without a word."""
+    options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    options |= dict(custom_generate=antkv_generate()) if extra == "custom" else extra
+    llama.set_attn_implementation(lane)
+    try:
+        expected = llama.generate(ids(40), past_key_values=AnTKVCache(llama.config, codebook=codebook), **options)
+        starting_over = AnTKVCache(llama.config, codebook=codebook, on_new_prompt="reset")
+        for held in (cache, starting_over):
+            llama(ids(40), past_key_values=held)
+        with pytest.raises(ValueError, match="holds 40 tokens and the prompt has only 40, so none is new|a batch of 3"):
+            llama.generate(ids(40), past_key_values=cache, **options)
+        assert torch.equal(llama.generate(ids(40), past_key_values=starting_over, **options), expected)
+    finally:
+        llama.set_attn_implementation("sdpa")
+    assert cache.get_seq_length() == 40
+
+
+def test_use_cache_false_beside_a_cache(llama, cache, codebook):
+    """Every step would append the whole text: 40 + 12 tokens became 546."""
+    llama(ids(39), past_key_values=cache)
+    with pytest.raises(ValueError, match="use_cache=False beside a cache that holds 39 tokens.*Leave use_cache out"):
+        llama.generate(ids(40), past_key_values=cache, use_cache=False, max_new_tokens=12)
+    with pytest.raises(ValueError, match="use_cache=False beside a cache that holds 0 tokens"):
+        llama.generate(ids(40), custom_generate=antkv_generate(codebook), use_cache=False, max_new_tokens=12)
+    assert cache.get_seq_length() == 39 and not cache._is_user_defined
+    options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    fresh = AnTKVCache(llama.config, codebook=codebook)
+    llama(ids(39), past_key_values=fresh)
+    expected = llama.generate(ids(40), past_key_values=fresh, **options)
+    assert torch.equal(llama.generate(ids(40), past_key_values=cache, **options), expected), (
+        "it goes on as if not asked"
+    )
+
+
 def test_reset_on_new_prompt(llama, codebook):
     cache = AnTKVCache(llama.config, codebook=codebook, on_new_prompt="reset")
     for seed, n in ((0, 40), (1, 60), (2, 20)):

@@ -12,7 +12,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from . import graphs
 from .cache.cache import AnTKVCache
-from .cache.prompt_guard import locals_above
+from .cache.prompt_guard import check_generate_reads_once, locals_above
 from .codebook import AnTKVCodebook
 from .config import AnTKVConfig
 from .static_storage import size_obstacle
@@ -66,6 +66,7 @@ def antkv_generate(
             unusable: str | None = f"{mode.value} is not greedy decoding or sampling"
         else:
             unusable = "switched off" if cuda_graphs is False else _no_gpu(model)
+        check_generate_reads_once(generation_config.use_cache, 0)
         # generate() has made a cache of its own by now unless the user gave one: an empty one, replaced here.
         cache = model_kwargs.get("past_key_values")
         if not isinstance(cache, AnTKVCache):

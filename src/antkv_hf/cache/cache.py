@@ -21,7 +21,13 @@ from . import budget, interface, persistence
 from .build import cache_layers
 from .footprint import MemoryFootprint
 from .layer import AnTKVLayer
-from .prompt_guard import PromptGuard, forward_input_ids, generate_input_ids
+from .prompt_guard import (
+    PromptGuard,
+    check_generate_reads_once,
+    forward_input_ids,
+    generate_input_ids,
+    generate_use_cache,
+)
 
 
 class AnTKVCache(Cache):
@@ -39,7 +45,8 @@ class AnTKVCache(Cache):
             lengths are on the device too, and `antkv_generate` can run decode steps as CUDA graphs. None: the cache
             grows as it must. The batch keeps its size. Not with scalar codes or ``anchors.max_tokens``.
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
-            (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are compared.
+            (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are
+            compared; at least one must be new.
 
         device_mesh: the model's, where tensor parallelism shares its kv heads among some of the processes only;
             without it, among all of them. Tables and codes of a process are those of its heads.
@@ -318,13 +325,10 @@ class AnTKVCache(Cache):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         """`generate` sets this at its start: the moment to notice a prompt that the cache does not hold."""
-        self.__dict__["_user_defined"] = value
-        for layer in self.quantized_layers:  # assisted decoding switches it on again; others never call crop
-            layer.record_past = False
+        if value:
+            check_generate_reads_once(generate_use_cache(), self.get_seq_length())
         ids = generate_input_ids() if value else None
-        if ids is None:
-            return
-        why = self._guard.mismatch(ids, self.get_seq_length())
+        why = None if ids is None else self._guard.mismatch(ids, self.get_seq_length())
         if why is not None and self.on_new_prompt == "error":
             raise ValueError(
                 f"this AnTKVCache cannot continue the prompt: {why}. Call cache.reset() first, make a new cache, or "
@@ -332,3 +336,6 @@ class AnTKVCache(Cache):
             )
         if why is not None:
             self.reset()
+        self.__dict__["_user_defined"] = value
+        for layer in self.quantized_layers:  # assisted decoding switches it on again; others never call crop
+            layer.record_past = False

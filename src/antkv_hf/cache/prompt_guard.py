@@ -39,6 +39,25 @@ def generate_input_ids() -> torch.Tensor | None:
     return ids if isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() else None
 
 
+def check_generate_reads_once(use_cache: bool | None, tokens: int) -> None:
+    """Raises ValueError if `generate` was told `use_cache` False: it would give a cache of `tokens` the text each step.
+
+    Args:
+        use_cache: of the generation config that the call goes by; None: not known.
+    """
+    if use_cache is False:
+        raise ValueError(
+            f"use_cache=False beside a cache that holds {tokens} tokens: every step would read the whole text into it "
+            "again. Leave use_cache out, or generate without a cache"
+        )
+
+
+def generate_use_cache() -> bool | None:
+    """`use_cache` of the `generate` call that is marking its cache; None if it cannot be seen."""
+    config = next(locals_above("_prepare_cache_for_generation", "generation_config", _FRAMES_TO_GENERATE), None)
+    return getattr(config, "use_cache", None)
+
+
 def forward_input_ids(batch: int, length: int) -> torch.Tensor | None:
     """The ids ``(batch, length)`` that the model is reading right now, or None if they cannot be found."""
     if torch.compiler.is_compiling():
@@ -103,13 +122,11 @@ class PromptGuard:
         if known is None or length == 0:
             return None
         if ids.shape[0] != known.shape[0]:
-            if ids.shape[0] % known.shape[0] == 0:
-                return None  # the cache itself refuses the batch
             if known.shape[0] % ids.shape[0]:
                 return f"it holds a batch of {known.shape[0]} and the prompt is a batch of {ids.shape[0]}"
             ids = ids.repeat_interleave(known.shape[0] // ids.shape[0], 0)  # as generate does for beams
-        if ids.shape[1] < length:
-            return f"it holds {length} tokens and the prompt has only {ids.shape[1]}"
+        if ids.shape[1] <= length:  # transformers would read the whole prompt again, behind itself
+            return f"it holds {length} tokens and the prompt has only {ids.shape[1]}, so none is new"
         n = min(known.shape[1], length)
         differs = (ids[:, :n].cpu() != known[:, :n]).any(0)
         if differs.any():
