@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -273,17 +273,39 @@ class AnTKVCache(Cache):
         return sum(int((tokens.positions >= 0).sum()) for tokens in exact)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        if layer_idx >= len(self.layers):
-            raise ValueError(
-                f"layer_idx {layer_idx} is beyond the {len(self.layers)} layers of this cache: it was made for another "
-                "model; make one with AnTKVCache(model.config, ...)"
-            )
-        if self.layers[layer_idx] is not self._first:
+        first = self._first.plan.layer_idx
+        if not 0 <= layer_idx < len(self.layers):
+            self._refuse_layer(layer_idx, key_states.shape[2])
+        if layer_idx < first:  # it would take what the first quantized one refuses
+            self._first.check(key_states, value_states, _held(self.layers[layer_idx]))
+        if layer_idx != first:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         start = self._first.get_seq_length()
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._guard.read(forward_input_ids(key_states.shape[0], key_states.shape[2]), start)
         return out
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        # asked before any layer runs: the model's own code would trip over no token at all
+        self._first.require_room(query_length)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> torch.Tensor:
+        """Of linear attention layers in hybrids."""
+        if layer_idx < self._first.plan.layer_idx:
+            self._first.check_batch(conv_states)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def _refuse_layer(self, layer_idx: int, tokens: int) -> NoReturn:
+        """Raises ValueError for a layer that is not there; a cache that holds nothing but these tokens is emptied."""
+        if self.get_seq_length() == tokens:
+            self.reset()
+        held = self.get_seq_length()
+        raise ValueError(
+            f"layer_idx {layer_idx} is beyond the {len(self.layers)} layers of this cache: it was made for another "
+            "model; make one with AnTKVCache(model.config, ...)"
+            + (f". Of the {held} tokens of this one, {tokens} may be that model's: call cache.reset()" if held else "")
+        )
 
     def reset(self) -> None:
         """Forgets everything; the cache can then take another prompt."""
@@ -339,3 +361,8 @@ class AnTKVCache(Cache):
         self.__dict__["_user_defined"] = value
         for layer in self.quantized_layers:  # assisted decoding switches it on again; others never call crop
             layer.record_past = False
+
+
+def _held(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys and values of a layer that transformers keeps; None for an empty one."""
+    return (layer.keys, layer.values) if layer.is_initialized and layer.get_seq_length() else None
