@@ -177,9 +177,13 @@ def test_errors_are_one_line(place, tmp_path):
     assert "give either --prompt" in error_of("generate", model, book)
     assert "the prompt is empty: give text with --prompt" in error_of("generate", model, book, "--prompt", " ")
     assert "--set 'windw=3'" in error_of("generate", model, book, "--prompt", "x", "--set", "windw=3")
-    assert "window is a number, e.g. window=128" in error_of(
-        "generate", model, book, "--prompt", "x", "--set", "window=wide"
-    )
+    for setting, message in (
+        ("window=wide", "window='wide' must be a whole number, e.g. window=128"),
+        ("window=1.5", "window=1.5 must be a whole number, e.g. window=128"),
+        ("anchor_fraction=some", "fraction='some' must be a number, e.g. fraction=0.02"),
+        ("skip_layers=a", "skip_layers=('a',) must be layer numbers, e.g. [0, 1]"),
+    ):
+        assert message in error_of("generate", model, book, "--prompt", "x", "--set", setting)
     assert "window=0 must be at least 1" in error_of("generate", model, book, "--prompt", "x", "--set", "window=0")
     assert "no codebook 'nowhere'" in error_of("generate", model, "nowhere", "--prompt", "x")
     assert "config.json is missing. Give a folder that holds" in error_of("inspect", tmp_path)

@@ -141,8 +141,6 @@ def _changes(settings: list[str] | None) -> dict[str, Any]:
             changes[name] = text
         if name == "skip_layers":
             changes[name] = tuple(changes[name] if isinstance(changes[name], list) else [changes[name]])
-        elif isinstance(fields[name].default, (int, float)) and not isinstance(changes[name], (int, float)):
-            raise ValueError(f"--set {setting!r}: {name} is a number, e.g. {name}={fields[name].default}")
     return changes
 
 

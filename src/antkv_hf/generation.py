@@ -14,7 +14,8 @@ from . import graphs
 from .cache.cache import AnTKVCache
 from .cache.prompt_guard import check_generate_reads_once, locals_above
 from .codebook import AnTKVCodebook
-from .config import AnTKVConfig
+from .config import AnTKVConfig, check_config
+from .specs import whole_number
 from .static_storage import size_obstacle
 
 _STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # one token a sequence and step, nothing reordered
@@ -47,6 +48,9 @@ def antkv_generate(
     Raises:
         RuntimeError: ``cuda_graphs=True`` and steps cannot be replayed; the message says why.
     """
+    check_config(config)
+    if max_length is not None:
+        whole_number("max_length", max_length, 4096)
     if isinstance(codebook, (str, Path)):
         codebook = AnTKVCodebook.from_pretrained(codebook)
 

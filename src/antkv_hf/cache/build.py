@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from ..anchors import get_score
 from ..codebook import AnTKVCodebook
 from ..codecs import CodecForDevice, IdentityCodec, LayerCodec, scalar_codecs
-from ..config import AnTKVConfig, ScalarSpec
+from ..config import AnTKVConfig, ScalarSpec, check_config
 from .layer import AnTKVLayer, LayerPlan, check_layer_numbers, layers_kept_as_they_are, quantizable_layers
 from .model_rotary import model_rotary
+
+
+def check_arguments(model_config: Any, config: Any, codebook: Any) -> None:
+    """Raises TypeError, saying what to give, for arguments of `AnTKVCache` that are of another kind."""
+    if not isinstance(model_config, PreTrainedConfig):
+        raise TypeError(
+            f"model_config is a {type(model_config).__name__}: give the config, AnTKVCache(model.config, ...)"
+        )
+    if isinstance(config, AnTKVCodebook):
+        raise TypeError("the second argument is an AnTKVConfig; pass the codebook as AnTKVCache(..., codebook=...)")
+    check_config(config)
+    if isinstance(codebook, (str, Path)):
+        raise TypeError(
+            f"codebook={str(codebook)!r} is a name: AnTKVCache.from_pretrained({str(codebook)!r}, model=model) loads "
+            "it and makes a cache, AnTKVCodebook.from_pretrained gives the codebook alone"
+        )
+    if codebook is not None and not isinstance(codebook, AnTKVCodebook):
+        raise TypeError(f"codebook is a {type(codebook).__name__}: give an AnTKVCodebook")
+
+
+def check_model(model: Any, hint: str = "load it with AutoModelForCausalLM.from_pretrained") -> None:
+    """Raises TypeError with a `hint` for a model (or None) that is none."""
+    if model is not None and not hasattr(model, "set_attn_implementation"):
+        what = repr(model) if isinstance(model, (str, Path)) else f"a {type(model).__name__}"
+        raise TypeError(f"model is {what}, not a transformers model: {hint}")
 
 
 def cache_layers(
@@ -45,7 +72,8 @@ def cache_layers(
     if not plain:
         raise ValueError(
             f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kept}): only those of full "
-            "attention over all past tokens are. Use DynamicCache for this model."
+            "attention over all past tokens are. Use DynamicCache for this model"
+            + (", or leave layers out of skip_layers." if config.skip_layers else ".")
         )
     if len(layers) - len(plain) > len(config.skip_layers):
         warnings.warn(

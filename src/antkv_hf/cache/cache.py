@@ -14,11 +14,12 @@ from transformers.cache_utils import Cache
 
 from ..attention.backends import select_backend
 from ..codebook import AnTKVCodebook, describe_model
-from ..config import AnTKVConfig, VQSpec
+from ..config import AnTKVConfig, VQSpec, check_config
+from ..specs import whole_number
 from ..static_storage import size_obstacle
 from ..tensor_parallel import check_heads, tp_size
 from . import budget, interface, persistence
-from .build import cache_layers
+from .build import cache_layers, check_arguments, check_model
 from .footprint import MemoryFootprint
 from .layer import AnTKVLayer
 from .prompt_guard import (
@@ -53,7 +54,7 @@ class AnTKVCache(Cache):
 
     Raises:
         ValueError: codebook of another model, specs that differ, MLA, offloading, no layer to quantize; the message
-            names the numbers and the way out.
+            names the numbers and the way out. TypeError: an argument of another kind; it says how to make one.
 
     Example:
         >>> cache = AnTKVCache.from_pretrained("codebooks/smollm2-135m-instruct-1bit")
@@ -79,10 +80,9 @@ class AnTKVCache(Cache):
             )
         if on_new_prompt not in ("error", "reset"):
             raise ValueError(f"on_new_prompt={on_new_prompt!r} must be 'error' or 'reset'")
-        if max_length is not None and max_length < 1:
+        check_arguments(model_config, config, codebook)
+        if max_length is not None and whole_number("max_length", max_length, 4096) < 1:
             raise ValueError(f"max_length={max_length} must be at least 1 token, or None for a cache that grows")
-        if isinstance(config, AnTKVCodebook):
-            raise TypeError("the second argument is an AnTKVConfig; pass the codebook as AnTKVCache(..., codebook=...)")
         config = config or (codebook.config if codebook is not None else None)
         if config is None:
             raise ValueError("give a codebook (AnTKVCache.from_pretrained(...)) or a config: there is nothing to go by")
@@ -121,6 +121,8 @@ class AnTKVCache(Cache):
             changes: fields of the config to change, e.g. ``window=64, anchor_fraction=0.01``; or arguments of
                 `AnTKVCodebook.from_pretrained` (revision, token, cache_dir, local_files_only, force_download).
         """
+        check_config(config)
+        check_model(model)
         hub = {k: changes.pop(k) for k in AnTKVCodebook.HUB_ARGUMENTS if k in changes}
         codebook = AnTKVCodebook.from_pretrained(name_or_path, **hub)
         config = (config or codebook.config).replace(**changes)
@@ -148,6 +150,7 @@ class AnTKVCache(Cache):
             ValueError: none fits: the message names the bytes that are missing, and the tokens that would fit; a
                 codebook of another model, or a preset or config that needs one. The model is left as it was.
         """
+        check_model(model, "for a config there is AnTKVConfig.fit(model.config, ...)")
         found = budget.choices(model.config, tokens, None, batch, among, model.dtype)
         for choice in found:
             if isinstance(choice.config.key, VQSpec) and choice.codebook is None:
@@ -212,6 +215,7 @@ class AnTKVCache(Cache):
             ValueError: damaged or changed file, unknown format_version, another codebook or model, or a model whose
                 heads are shared by tensor-parallel processes.
         """
+        check_model(model, "a codebook is given as AnTKVCache.load(path, model, codebook=...)")
         return persistence.load_cache(cls, path, model, codebook, device)
 
     @property
@@ -365,4 +369,5 @@ class AnTKVCache(Cache):
 
 def _held(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Keys and values of a layer that transformers keeps; None for an empty one."""
-    return (layer.keys, layer.values) if layer.is_initialized and layer.get_seq_length() else None
+    filled = getattr(layer, "is_initialized", False) and layer.get_seq_length()
+    return (layer.keys, layer.values) if filled else None
