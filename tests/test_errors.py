@@ -69,7 +69,10 @@ def test_truncated_edited_and_foreign_files(codebook, tmp_path):
     for edit, message in (
         (lambda d: d.update(format_version=7), "format_version 7 is not known .this antkv-hf reads 1 to 3."),
         (lambda d: d.pop("tables"), "a field is missing .*tables.*Download or make it again"),
-        (lambda d: d["antkv"].update(key="d8b8"), "layer 0, key tables: centroids has shape"),
+        (lambda d: d.update(format_version="1"), r"config.json: format_version '1' is not known"),
+        (lambda d: d["antkv"].update(key="d8b8"), "codebooks.safetensors: layer 0, key tables: centroids has shape"),
+        (lambda d: d["antkv"].update(window=-1), r"config.json: window=-1 must be at least 1"),
+        (lambda d: d["antkv"].update(key="d9"), r"config.json: cannot read codec spec 'd9'"),
         (lambda d: d["antkv"].update(wrong=1), "unknown config field 'wrong'"),
         (lambda d: d["model"].update(kv_heads=5), "kv_heads|5"),
     ):
@@ -358,6 +361,37 @@ def test_arguments_of_another_kind(llama, codebook, tmp_path):
         for wrong in ("32k", 50.5):
             with pytest.raises(ValueError, match=f"max_length={wrong!r} must be a whole number, e.g. max_length=4096"):
                 make(llama.config, codebook=codebook, max_length=wrong)
+
+
+def test_names_that_are_no_codebook():
+    """Each was taken for a Hub repo that had to be loaded once online."""
+    for name, message in (
+        (
+            "ott-2bit",
+            r"'ott-2bit' is a preset that needs no codebook: AnTKVCache\(model.config, AnTKVConfig.preset\('ott",
+        ),
+        ("identity", r"'identity' is a preset.*antkv_generate\(config=AnTKVConfig.preset\('identity'\)\)"),
+        (
+            "1bit",
+            "no codebook '1bit': it is a rate, which needs the codebook of a model, e.g. smollm2-135m-instruct-1bit",
+        ),
+        ("nope", r"no codebook 'nope': it is no folder, no Hub repo id.*shipped: .*smollm2-135m-instruct-2bit"),
+    ):
+        for make in (AnTKVCache.from_pretrained, AnTKVCodebook.from_pretrained, antkv_generate):
+            with pytest.raises(FileNotFoundError, match=message):
+                make(name)
+
+
+def test_budgets_that_are_none(llama):
+    for changes, message in (
+        (dict(among="ott-2bit"), r"among='ott-2bit' is one name: give a list, among=\['ott-2bit'\]"),
+        (dict(among=[0.5]), r"among holds 0.5: give presets, codebooks or configs"),
+        (dict(tokens="128K"), "tokens='128K' must be a whole number, e.g. tokens=131072"),
+        (dict(tokens=1.5), "tokens=1.5 must be a whole number"),
+        (dict(batch=2.0), "batch=2.0 must be a whole number, e.g. batch=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AnTKVCache.fit(llama, **{**dict(tokens=9, bytes="1GB", among=["ott-2bit"]), **changes})
 
 
 def test_unknown_backend_and_score(llama, codebook, monkeypatch):

@@ -27,7 +27,6 @@ from .cli_common import (
     _changed,
     _check_from,
     _check_model_folder,
-    _codebook_place,
     _codec,
     _load_model,
     _mixed_runs,
@@ -248,7 +247,7 @@ def calibrate(
             set=settings, candidate=candidate, sensitivity=sensitivity, sensitivity_windows=sensitivity_windows,
             window=window if finetune else None, samples=samples, base_model=base_model, license=license,
         )  # fmt: skip
-        given = AnTKVCodebook.from_pretrained(_codebook_place(start))
+        given = AnTKVCodebook.from_pretrained(start)
     wanted = bits or ([] if mixed else ["1"])
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings, layer_bits) for b in wanted]
     runs: list[tuple[str, AnTKVConfig, Mixed | None]] = [
@@ -372,6 +371,7 @@ def inspect(
     Examples: antkv inspect smollm2-135m-instruct-1bit; antkv inspect --model MODEL; antkv inspect CACHE_FILE
     """
     _quiet()
+    from .codebook_names import find_codebook
     from .evaluation.inspection import format_cache, format_inspection, inspect_cache, inspect_codebook, inspect_model
 
     if codebook is None and model is None:
@@ -383,7 +383,7 @@ def inspect(
         typer.echo(json.dumps(held, indent=2) if as_json else format_cache(held))
         return
     if codebook is not None:
-        found = inspect_codebook(_codebook_place(codebook), model, revision)
+        found = inspect_codebook(find_codebook(codebook), model, revision)
     else:
         found = inspect_model(str(model))
     typer.echo(json.dumps(found, indent=2) if as_json else format_inspection(found))

@@ -54,12 +54,6 @@ def _quiet() -> None:
     warnings.showwarning = lambda message, *args, **kwargs: _say(f"antkv: warning: {message}")
 
 
-def _codebook_place(name: str) -> str:
-    from .demo import find_codebook
-
-    return find_codebook(name)
-
-
 def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None, AnTKVConfig]:
     """Codebook and config of the argument CODEBOOK; a preset that needs no codebook also takes
     ``--set group=64`` and ``--set layer_bits=0-9=4``."""
@@ -67,7 +61,7 @@ def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None,
     from .config import OTT, AnTKVConfig
 
     if not name.startswith(OTT):
-        book = AnTKVCodebook.from_pretrained(_codebook_place(name))
+        book = AnTKVCodebook.from_pretrained(name)
         return book, _changed(book.config, settings)
     groups = [setting for setting in settings or [] if setting.startswith("group=")]
     layers = [setting for setting in settings or [] if setting.startswith("layer_bits=")]

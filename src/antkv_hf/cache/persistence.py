@@ -167,7 +167,7 @@ def read_cache_file(path: str | Path) -> CacheFile:
                 raise ValueError("it was not written by AnTKVCache.save")
             if facts.get("format_version") != FORMAT_VERSION:
                 raise ValueError(
-                    f"format_version {facts.get('format_version')} is not known (this antkv-hf reads "
+                    f"format_version {facts.get('format_version')!r} is not known (this antkv-hf reads "
                     f"{FORMAT_VERSION}): upgrade antkv-hf, or fill the cache again"
                 )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a dict
@@ -184,6 +184,8 @@ def read_cache_file(path: str | Path) -> CacheFile:
             AnTKVConfig.from_dict(facts["config"]), facts["on_new_prompt"], facts["model"], facts["codebook"],
             facts["layers"], facts["library_version"], tensors,
         )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(_FIELDS.format(path, error)) from error
 
