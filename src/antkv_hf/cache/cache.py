@@ -177,6 +177,17 @@ class AnTKVCache(Cache):
         """
         return copy.deepcopy(self)
 
+    def __deepcopy__(self, memo: dict) -> AnTKVCache:
+        clone = memo[id(self)] = object.__new__(type(self))
+        clone.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "an AnTKVCache is not pickled, nor copied without its layers: cache.save(path) and "
+            "AnTKVCache.load(path, model), or cache.fork()"
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes the cache to one file, to go on from there in another process: see `load`.
 
@@ -201,19 +212,21 @@ class AnTKVCache(Cache):
         codebook: AnTKVCodebook | str | Path | None = None,
         device: torch.device | str | None = None,
     ) -> AnTKVCache:
-        """The cache that `save` wrote, as it was: the next tokens are those that it would have given.
+        """The cache that `save` wrote: the next tokens are those that it would have given.
+
+        A cache made with `max_length` comes back as one that grows.
 
         Args:
-            model: the model that will go on, checked to have the sizes of the one that filled the cache (its weights
-                are not); the fast lane is switched on as in `from_pretrained`. Layers go where the model computes them.
+            model: the model that will go on, checked to have the sizes of the one that filled the cache, and its dtype
+                (its weights are not); the fast lane is switched on as in `from_pretrained`. Layers go where the model computes them.
             codebook: the codebook that the cache was made with, or where it is now; by default it is loaded from where
                 it came from then.
             device: where all layers go instead (without a model: the CPU). Buffers keep their dtype.
 
         Raises:
             FileNotFoundError: the file or its codebook is not there.
-            ValueError: damaged or changed file, unknown format_version, another codebook or model, or a model whose
-                heads are shared by tensor-parallel processes.
+            ValueError: damaged or changed file, unknown format_version, another codebook or model, a device that is
+                not there, or a model whose heads are shared by tensor-parallel processes.
         """
         check_model(model, "a codebook is given as AnTKVCache.load(path, model, codebook=...)")
         return persistence.load_cache(cls, path, model, codebook, device)
@@ -236,8 +249,9 @@ class AnTKVCache(Cache):
         return {index: storage.backend.name for index, storage in filled.items() if storage is not None}
 
     def memory_footprint(self) -> MemoryFootprint:
-        """Bytes that the cache takes, all counted, and bits per element; see `MemoryFootprint`.
+        """Bytes that the cache takes and bits per element; see `MemoryFootprint`.
 
+        Every buffer of keys and values is counted; not the ids of the tokens that were read, 8 bytes each on the CPU.
         Under tensor parallelism: those of this process, which holds its share of the heads.
         """
         sizes: Counter[str] = Counter(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0, reserved=0)
