@@ -57,12 +57,12 @@ def run_demo(
     """
     start = time.perf_counter()
     where = "the model given"
-    if model is None:
-        say("Loading SmolLM2-135M-Instruct ...")
-        model, tokenizer, where = load_demo_model()
     if not isinstance(codebook, AnTKVCodebook):
         codebook = AnTKVCodebook.from_pretrained(str(codebook or find_codebook()))
     book = codebook
+    if model is None:
+        say("Loading SmolLM2-135M-Instruct ...")
+        model, tokenizer, where = load_demo_model()
     device = model.device
     before = model.config._attn_implementation
     answers: dict[str, list[str]] = {"dynamic": [], "antkv": []}
