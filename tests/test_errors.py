@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_llama
 from helpers import random_codebook
 from test_cli import character_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate
 from antkv_hf.cache.model_rotary import _is_interleaved
@@ -286,6 +286,34 @@ def test_unknown_backend_and_score(llama, codebook, monkeypatch):
     monkeypatch.setenv("ANTKV_BACKEND", "cuda")
     with pytest.raises(ValueError, match="'cuda' is not available on cpu"):
         llama(ids(10), past_key_values=AnTKVCache(llama.config, codebook=codebook))
+
+
+def test_custom_generate_replaces_no_cache_of_the_user(llama, codebook):
+    held = DynamicCache(config=llama.config)
+    llama(ids(20), past_key_values=held)
+    with pytest.raises(ValueError, match="is a DynamicCache of 20 tokens, which antkv_generate would replace.*leave"):
+        llama.generate(ids(30), past_key_values=held, custom_generate=antkv_generate(codebook), max_new_tokens=2)
+    assert held.get_seq_length() == 20
+
+
+def test_rows_that_are_not_in_the_batch(llama, cache):
+    llama(ids(20, batch=2), past_key_values=cache)
+    before = [layer.storage.tail_keys for layer in cache.layers]
+    for change, message in (
+        (
+            lambda: cache.reorder_cache(torch.tensor([0, 2])),
+            "reorder_cache names row 2 of a batch of 2: rows run",
+        ),
+        (lambda: cache.reorder_cache(torch.tensor([0.0, 1.0])), "reorder_cache got rows of torch.float32: give whole"),
+        (lambda: cache.batch_select_indices(torch.tensor([5])), "batch_select_indices names row 5 of a batch of 2"),
+        (lambda: cache.batch_repeat_interleave(0), r"repeats=0 must be at least 1.*cache.reset\(\)"),
+        (lambda: cache.batch_repeat_interleave(1.5), "repeats=1.5 must be a whole number, e.g. repeats=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change()
+        assert all(layer.storage.tail_keys is keys for layer, keys in zip(cache.layers, before))
+    cache.batch_select_indices(torch.tensor([False, True]))
+    assert cache.layers[0].batch_size == 1 and torch.equal(cache._guard.ids, ids(20, batch=2)[1:])
 
 
 def test_custom_generate_starts_afresh_for_every_prompt(llama, codebook):

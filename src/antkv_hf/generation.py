@@ -12,7 +12,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from . import graphs
 from .cache.cache import AnTKVCache
-from .cache.prompt_guard import check_generate_reads_once, locals_above
+from .cache.prompt_guard import check_generate, locals_above
 from .codebook import AnTKVCodebook
 from .config import AnTKVConfig, check_config
 from .specs import whole_number
@@ -46,6 +46,8 @@ def antkv_generate(
         cuda_graphs: None: where they can be used; True: raise where they cannot; False: never.
 
     Raises:
+        ValueError: when it is called: `past_key_values` is a cache of another kind, ``use_cache=False``, or the model
+            is an encoder-decoder.
         RuntimeError: ``cuda_graphs=True`` and steps cannot be replayed; the message says why.
     """
     check_config(config)
@@ -70,9 +72,14 @@ def antkv_generate(
             unusable: str | None = f"{mode.value} is not greedy decoding or sampling"
         else:
             unusable = "switched off" if cuda_graphs is False else _no_gpu(model)
-        check_generate_reads_once(generation_config.use_cache, 0)
         # generate() has made a cache of its own by now unless the user gave one: an empty one, replaced here.
         cache = model_kwargs.get("past_key_values")
+        check_generate(generation_config.use_cache, 0, bool(getattr(model.config, "is_encoder_decoder", False)))
+        if cache is not None and getattr(cache, "_is_user_defined", False) and not isinstance(cache, AnTKVCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__} of {cache.get_seq_length()} tokens, which antkv_generate "
+                "would replace by a cache of its own: leave it out, give an AnTKVCache, or leave custom_generate out"
+            )
         if not isinstance(cache, AnTKVCache):
             kept = config or getattr(codebook, "config", None)
             if unusable is None and kept is not None:

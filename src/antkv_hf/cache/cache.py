@@ -21,10 +21,10 @@ from ..tensor_parallel import check_heads, tp_size
 from . import budget, interface, persistence
 from .build import cache_layers, check_arguments, check_model
 from .footprint import MemoryFootprint
-from .layer import AnTKVLayer
+from .layer import AnTKVLayer, checked_rows
 from .prompt_guard import (
     PromptGuard,
-    check_generate_reads_once,
+    check_generate,
     forward_input_ids,
     generate_input_ids,
     generate_use_cache,
@@ -96,6 +96,7 @@ class AnTKVCache(Cache):
         self.antkv_config, self.codebook, self.on_new_prompt = config, codebook, on_new_prompt
         self.max_length = max_length
         self._text_config = text  # what `save` tells of the model
+        self._encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
         self._guard = PromptGuard()
         super().__init__(layers=layers)
         self._first = self.quantized_layers[0]
@@ -218,7 +219,8 @@ class AnTKVCache(Cache):
 
         Args:
             model: the model that will go on, checked to have the sizes of the one that filled the cache, and its dtype
-                (its weights are not); the fast lane is switched on as in `from_pretrained`. Layers go where the model computes them.
+                (its weights are not); the fast lane is switched on as in `from_pretrained`. Layers go where the model
+                computes them.
             codebook: the codebook that the cache was made with, or where it is now; by default it is loaded from where
                 it came from then.
             device: where all layers go instead (without a model: the CPU). Buffers keep their dtype.
@@ -342,16 +344,20 @@ class AnTKVCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the batch for beam search."""
+        picked = checked_rows("reorder_cache", beam_idx, self._first.batch_size)
         super().reorder_cache(beam_idx)
-        self._guard.map_batch(lambda ids: ids.index_select(0, beam_idx.cpu()))
+        self._guard.map_batch(lambda ids: ids.index_select(0, picked))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        if whole_number("repeats", repeats, 2) < 1:
+            raise ValueError(f"repeats={repeats} must be at least 1; to forget everything call cache.reset()")
         super().batch_repeat_interleave(repeats)
         self._guard.map_batch(lambda ids: ids.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        picked = checked_rows("batch_select_indices", indices, self._first.batch_size)
         super().batch_select_indices(indices)
-        self._guard.map_batch(lambda ids: ids[indices.cpu(), ...])
+        self._guard.map_batch(lambda ids: ids[picked, ...])
 
     def activate_past_recording(self) -> None:
         for layer in self.layers:
@@ -366,7 +372,7 @@ class AnTKVCache(Cache):
     def _is_user_defined(self, value: bool) -> None:
         """`generate` sets this at its start: the moment to notice a prompt that the cache does not hold."""
         if value:
-            check_generate_reads_once(generate_use_cache(), self.get_seq_length())
+            check_generate(generate_use_cache(), self.get_seq_length(), self._encoder_decoder)
         ids = generate_input_ids() if value else None
         why = None if ids is None else self._guard.mismatch(ids, self.get_seq_length())
         if why is not None and self.on_new_prompt == "error":

@@ -50,6 +50,22 @@ def layers_kept_as_they_are(layers: list, config: AnTKVConfig) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
+def checked_rows(method: str, rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """`rows` (numbers, or a mask) of a `batch` (-1: of an empty cache) on the CPU, for the `method` that they change.
+
+    Raises:
+        ValueError: they are no whole numbers, or the batch has no such row; naming the first.
+    """
+    picked = rows.cpu()
+    if picked.dtype.is_floating_point:
+        raise ValueError(f"{method} got rows of {picked.dtype}: give whole numbers, e.g. torch.tensor([0, 0, 1])")
+    if batch < 0 or picked.dtype == torch.bool:
+        return picked
+    if wrong := [row for row in picked.tolist() if not 0 <= row < batch]:
+        raise ValueError(f"{method} names row {wrong[0]} of a batch of {batch}: rows run from 0 to {batch - 1}")
+    return picked
+
+
 class LayerPlan:
     """What a layer needs to start: built once for a model, shared by its caches (`codec` makes tables on a device)."""
 

@@ -39,12 +39,20 @@ def generate_input_ids() -> torch.Tensor | None:
     return ids if isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() else None
 
 
-def check_generate_reads_once(use_cache: bool | None, tokens: int) -> None:
-    """Raises ValueError if `generate` was told `use_cache` False: it would give a cache of `tokens` the text each step.
+def check_generate(use_cache: bool | None, tokens: int, encoder_decoder: bool) -> None:
+    """Raises ValueError for a call of `generate` that would write wrong text with a cache that is given to it alone.
 
     Args:
-        use_cache: of the generation config that the call goes by; None: not known.
+        use_cache: of the generation config that the call goes by; None: not known. False: the cache would take the
+            whole text at each step.
+        tokens: that the cache holds.
+        encoder_decoder: whether the model is one: it would put the encoder's keys into the same cache.
     """
+    if encoder_decoder:
+        raise ValueError(
+            "an encoder-decoder model keeps two caches: give past_key_values=EncoderDecoderCache(AnTKVCache("
+            "model.config, config), DynamicCache(config=model.config))"
+        )
     if use_cache is False:
         raise ValueError(
             f"use_cache=False beside a cache that holds {tokens} tokens: every step would read the whole text into it "
