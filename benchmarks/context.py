@@ -17,7 +17,7 @@ import torch
 from decoding import Lane, lanes, seconds_a_step
 from prefill import LLAMA_3_8B, TINY, random_codebook, random_llama
 from results import print_table, write_csv
-from throughput import free_memory
+from throughput import free_memory, limit_memory
 
 from antkv_hf import AnTKVConfig
 
@@ -52,9 +52,11 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=1 << 18, help="how far below the first too long one it ends")
     parser.add_argument("--bits", type=float, default=1.0, help="preset of VQSpec.for_bits")
     parser.add_argument("--steps", type=int, default=128, help="timed steps: a multiple of the chunk")
+    parser.add_argument("--memory-gb", type=float, help="of the device that may be used; all of it by default")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and two contexts: shows that it runs")
     arguments = parser.parse_args()
+    limit_memory(arguments.device, arguments.memory_gb)
     torch.manual_seed(0)
     settings = TINY if arguments.tiny else LLAMA_3_8B
     # RoPE knows no limit; the config's only sizes masks and warnings.

@@ -8,7 +8,10 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from timing import time_side_by_side
@@ -18,44 +21,64 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, antkv_generate
+from antkv_hf.compiled_mlps import CompiledMLPs, compile_options
 from antkv_hf.graphs import CudaGraph
 from antkv_hf.static_storage import Counts, StaticStorage
 from antkv_hf.storage import LayerStorage
 
 WARM_UP = 4  # steps before the clock starts: the prompt's last token, a warm-up, a capture, a replay
+BASELINE, COMPILED = "bfloat16, graphs", ", MLPs compiled"
 FLASH = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token is there: ``generate`` has then waited for the one before it."""
+    """Notes when each token is there: ``generate`` has then waited for the one before it.
 
-    def __init__(self) -> None:
+    Args:
+        limit: seconds after which ``generate`` is stopped, counted from the first timed step.
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
         self.times: list[float] = []
+        self._limit = limit
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
         if input_ids.is_cuda:
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        timed = len(self.times) > WARM_UP
+        late = timed and self._limit is not None and self.times[-1] - self.times[WARM_UP - 1] > self._limit
+        return torch.full((input_ids.shape[0],), late, dtype=torch.bool, device=input_ids.device)
 
 
-def seconds_a_step(model, lane: Lane, cache, context: int, steps: int) -> float:
-    """Mean seconds of `steps` decode steps after `context` tokens, greedy, after `WARM_UP` ones; rewinds `cache`."""
+def seconds_a_step(model, lane: Lane, cache, context: int, steps: int, limit: float | None = None) -> float:
+    """Mean seconds of `steps` decode steps after `context` tokens, greedy, after `WARM_UP` ones; rewinds `cache`.
+
+    Args:
+        limit: seconds after which the mean is taken of the steps that there are.
+    """
     model.set_attn_implementation(lane.implementation)
-    clock, new = Clock(), WARM_UP + steps
+    clock, new = Clock(limit), WARM_UP + steps
     batch = lane.batch_of(cache)
     ids = torch.full((batch, context + 1), 7, device=model.device)  # a cache continues the prompt that it has seen
     model.generate(
         ids, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
         stopping_criteria=[clock], custom_generate=lane.custom_generate,
     )  # fmt: skip
-    lane.rewind(cache, new)
-    return (clock.times[-1] - clock.times[WARM_UP - 1]) / steps
+    lane.rewind(cache, len(clock.times))
+    return (clock.times[-1] - clock.times[WARM_UP - 1]) / (len(clock.times) - WARM_UP)
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One way to decode. `make_cache` takes a batch, a context and how many tokens more there must be room for."""
+    """One way to decode. `make_cache` takes a batch, a context and how many tokens more there must be room for.
+
+    Args:
+        warm_ups: rounds that are not timed: in the second one, AnTKV's encoding is captured.
+        slow: the host takes part in every step, so that fewer of them tell as much.
+        layers_beside: how often a step holds one layer's keys and values in 16 bits beside the cache.
+        baseline: the lane whose speed is 1.
+    """
 
     name: str
     implementation: str
@@ -63,11 +86,18 @@ class Lane:
     rewind: Callable[[Cache, int], None]
     batch_of: Callable[[Cache], int]
     custom_generate: Callable | None = None
-    warm_ups: int = 0  # rounds that are not timed: in the second one, encoding is captured
+    warm_ups: int = 0
+    slow: bool = False
+    layers_beside: float = 0.0
+    baseline: str = BASELINE
 
 
-def lanes(model, codebook: AnTKVCodebook) -> list[Lane]:
-    """DynamicCache; graph-captured attention over bfloat16; AnTKV with the host in every step; AnTKV as graphs."""
+def lanes(model, codebook: AnTKVCodebook, compile_mlps: bool | dict[str, Any] = False) -> list[Lane]:
+    """DynamicCache; graph-captured attention over bfloat16; AnTKV with the host in every step; AnTKV as graphs.
+
+    Args:
+        compile_mlps: as `antkv_generate`'s; adds the second and the fourth with compiled MLPs.
+    """
     on_gpu = model.device.type == "cuda"
     fastest = "flash"
     if on_gpu:
@@ -105,18 +135,30 @@ def lanes(model, codebook: AnTKVCodebook) -> list[Lane]:
     def crop(cache: Cache, tokens: int) -> None:
         cache.crop(-tokens)
 
-    return [
-        Lane("DynamicCache", "sdpa", dynamic, crop, lambda c: c.layers[0].keys.shape[0]),
-        Lane(
-            "bfloat16, graphs", "ring", lambda batch, context, room: RingCache(model, batch, context),
-            lambda cache, tokens: None, lambda c: c.layers[0].keys.shape[0], _ring_generate if on_gpu else None,
-        ),
-        Lane("AnTKV, eager", "antkv", grown, rewind_grown, lambda c: c.layers[0].batch_size),
-        Lane(
-            "AnTKV, graphs", "antkv", static, rewind_static, lambda c: c.layers[0].batch_size,
-            antkv_generate(cuda_graphs=True) if on_gpu else antkv_generate(), 2 if on_gpu else 0,
-        ),
-    ]  # fmt: skip
+    def in_graphs(name: str, ours: bool, compile_mlps: bool | dict[str, Any]) -> Lane:
+        options, baseline = compile_options(compile_mlps), BASELINE + (COMPILED if compile_mlps else "")
+        if not ours:
+            return Lane(
+                name, "ring", lambda batch, context, room: RingCache(model, batch, context),
+                lambda cache, tokens: None, lambda c: c.layers[0].keys.shape[0], partial(_ring_generate, options),
+                warm_ups=1 if compile_mlps else 0, baseline=baseline,
+            )  # fmt: skip
+        generate = antkv_generate(cuda_graphs=True if on_gpu else None, compile_mlps=compile_mlps)
+        return Lane(
+            name, "antkv", static, rewind_static, lambda c: c.layers[0].batch_size, generate, 2 if on_gpu else 0,
+            baseline=baseline,
+        )  # fmt: skip
+
+    found = [
+        Lane("DynamicCache", "sdpa", dynamic, crop, lambda c: c.layers[0].keys.shape[0], slow=True, layers_beside=2),
+        in_graphs(BASELINE, False, False),
+        Lane("AnTKV, eager", "antkv", grown, rewind_grown, lambda c: c.layers[0].batch_size, slow=True),
+        in_graphs("AnTKV, graphs", True, False),
+    ]
+    if compile_mlps:
+        found += [in_graphs(BASELINE + COMPILED, False, compile_mlps)]
+        found += [in_graphs("AnTKV, graphs" + COMPILED, True, compile_mlps)]
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- filling
@@ -228,11 +270,24 @@ def _faster_library(model) -> str:
     return min(times, key=lambda name: times[name].median)
 
 
+class _Uncaptured:
+    """What `CudaGraph` does, where there is no GPU: the function is called every time."""
+
+    def warm_up(self, function):
+        return function()
+
+    def capture(self, function) -> None:
+        self.replay = function
+
+
 class _RingModel:
     """As `antkv_hf.graphs.GraphedModel`, for a cache whose lengths stay: one graph, captured at the third step."""
 
-    def __init__(self, model):
-        self._model, self._graph, self._calls = model, CudaGraph(torch.cuda.graph_pool_handle()), 0
+    def __init__(self, model, options: dict[str, Any] | None):
+        on_gpu = model.device.type == "cuda"
+        self._graph = CudaGraph(torch.cuda.graph_pool_handle()) if on_gpu else _Uncaptured()
+        self._model, self._calls = model, 0
+        self._mlps = None if options is None else CompiledMLPs(model, options)
 
     def __getattr__(self, name):
         return getattr(self._model, name)
@@ -245,17 +300,20 @@ class _RingModel:
         self._positions.copy_(position_ids)
 
         def forward():
-            return self._model(input_ids=self._ids, position_ids=self._positions, past_key_values=past_key_values,
-                               use_cache=True, logits_to_keep=1).logits  # fmt: skip
+            with nullcontext() if self._mlps is None else self._mlps.exchanged():
+                return self._model(input_ids=self._ids, position_ids=self._positions, past_key_values=past_key_values,
+                                   use_cache=True, logits_to_keep=1).logits  # fmt: skip
 
         if self._calls == 1:
             logits = self._graph.warm_up(forward)
         else:
             if self._calls == 2:
+                if self._mlps is not None:
+                    self._mlps.prepare()
                 self._graph.capture(forward)
             logits = self._graph.replay()
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
-def _ring_generate(model, input_ids, **kwargs):
-    return type(model)._sample(_RingModel(model), input_ids, **kwargs)
+def _ring_generate(options, model, input_ids, **kwargs):
+    return type(model)._sample(_RingModel(model, options), input_ids, **kwargs)

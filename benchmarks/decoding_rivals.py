@@ -22,7 +22,12 @@ def rival_lane(name: str, model) -> Lane:
     """
     if name == STATIC:
         # generate compiles the forward in the first round and captures it in CUDA graphs.
-        return Lane("StaticCache, compiled", "sdpa", _static(model), _shorten, _batch_of, warm_ups=1)
+        # Its mask makes transformers repeat a layer's keys and values for every query head.
+        group = model.config.num_attention_heads // model.config.num_key_value_heads
+        return Lane(
+            "StaticCache, compiled", "sdpa", _static(model), _shorten, _batch_of, warm_ups=1, slow=True,
+            layers_beside=group + 1,
+        )  # fmt: skip
     make = quantized_cache(name, model.config)
 
     def filled(batch: int, context: int, room: int) -> Cache:
@@ -33,7 +38,11 @@ def rival_lane(name: str, model) -> Lane:
         cache.batch = batch
         return cache
 
-    return Lane(f"QuantizedCache, {name}", "sdpa", filled, _restore, lambda cache: cache.batch, warm_ups=1)
+    # A layer's keys and values are decoded in every step, and joined with the exact ones.
+    return Lane(
+        f"QuantizedCache, {name}", "sdpa", filled, _restore, lambda cache: cache.batch, warm_ups=1, slow=True,
+        layers_beside=4,
+    )  # fmt: skip
 
 
 def quantized_bytes(cache: Cache) -> int:

@@ -34,6 +34,34 @@ def write_csv(path: Path, rows: Sequence[dict], device: torch.device | str) -> N
         writer.writerows({**row, **common} for row in rows)
 
 
+def update_csv(path: Path, rows: Sequence[dict], key: Sequence[str], device: torch.device | str) -> list[dict]:
+    """Puts `rows` into a CSV in place of those that agree with them in the columns `key`; all others stay.
+
+    Returns:
+        all rows of the file, those that were there as text.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    common = environment(device)
+    new = [{**row, **common} for row in rows]
+    known = {tuple(str(row[k]) for k in key) for row in new}
+    old = read_csv(path)
+    if old and new and list(old[0]) != list(new[0]):
+        raise ValueError(
+            f"{path} has the columns {', '.join(old[0])}, not {', '.join(new[0])}: write to another folder"
+        )
+    together = [row for row in old if tuple(row[k] for k in key) not in known] + new
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")  # whoever is cut off while writing leaves the file as it was
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(together[0]))
+        writer.writeheader()
+        writer.writerows(together)
+    part.replace(path)
+    return together
+
+
 def append_csv(path: Path, row: dict, device: torch.device | str | None = None) -> None:
     """Adds one row to a CSV that several processes may be writing, with the `environment` of `device` after it.
 

@@ -14,6 +14,7 @@ from . import graphs
 from .cache.cache import AnTKVCache
 from .cache.prompt_guard import check_generate, locals_above
 from .codebook import AnTKVCodebook
+from .compiled_mlps import compile_options
 from .config import AnTKVConfig, check_config
 from .specs import whole_number
 from .static_storage import size_obstacle
@@ -27,6 +28,7 @@ def antkv_generate(
     *,
     max_length: int | None = None,
     cuda_graphs: bool | None = None,
+    compile_mlps: bool | dict[str, Any] = False,
 ):
     """A function for ``model.generate(..., custom_generate=antkv_generate(repo))`` and for pipelines.
 
@@ -44,15 +46,24 @@ def antkv_generate(
         max_length: tokens, prompt included, that a cache is made for (`AnTKVCache`). By default as many as the call
             can give where steps are replayed, and a cache that grows elsewhere.
         cuda_graphs: None: where they can be used; True: raise where they cannot; False: never.
+        compile_mlps: whether `torch.compile` makes the MLPs of the model's layers faster in replayed steps (see
+            `compiled_mlps`), or its arguments: ``dict(mode="max-autotune-no-cudagraphs")``. The model is left as it is.
+            Compiling takes seconds to a minute, once a process; fused 16-bit sums round otherwise, so that a token can
+            differ. Where it cannot be done, a warning says why.
 
     Raises:
         ValueError: when it is called: `past_key_values` is a cache of another kind, ``use_cache=False``, or the model
             is an encoder-decoder.
-        RuntimeError: ``cuda_graphs=True`` and steps cannot be replayed; the message says why.
+        RuntimeError: ``cuda_graphs=True`` and steps cannot be replayed, or MLPs not compiled; the message says why.
+        TypeError, ValueError: `compile_mlps` is neither a bool nor arguments that work within a captured step, or
+            asked for with ``cuda_graphs=False``; another argument is of another kind.
     """
     check_config(config)
     if max_length is not None:
         whole_number("max_length", max_length, 4096)
+    options = compile_options(compile_mlps)
+    if options is not None and cuda_graphs is False:
+        raise ValueError("compile_mlps compiles for replayed steps, but cuda_graphs=False: leave one of them out")
     if isinstance(codebook, (str, Path)):
         codebook = AnTKVCodebook.from_pretrained(codebook)
 
@@ -96,11 +107,13 @@ def antkv_generate(
         if unusable is None:
             unusable = graphs.obstacle(model, cache, model_kwargs.get("attention_mask"))
         if unusable is None:
-            model = graphs.graphed(model, cache, strict=bool(cuda_graphs))
+            model = graphs.graphed(model, cache, strict=bool(cuda_graphs), compile_options=options)
         elif cuda_graphs:
             raise RuntimeError(
                 f"cuda_graphs=True, but decode steps cannot be replayed: {unusable}; leave cuda_graphs out"
             )
+        elif options is not None:
+            warnings.warn(f"compile_mlps is left out, since decode steps cannot be replayed: {unusable}", stacklevel=3)
         return decode(model, input_ids, generation_config=generation_config, **model_kwargs)
 
     return generate

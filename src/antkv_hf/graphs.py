@@ -11,6 +11,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache.cache import AnTKVCache
+from .compiled_mlps import CompiledMLPs, CompileError
 from .static_storage import Counts, StaticStorage, size_obstacle
 
 LANES = ("sdpa", "antkv")  # attention implementations that leave the cache's handles as they are
@@ -141,14 +143,19 @@ class GraphedModel:
         cache: static, with no `obstacle`; steps on another cache are the model's own.
         make_graph: makes a graph, see `cuda_graphs`.
         strict: raise if a step cannot be captured, instead of going on without graphs after a warning.
+        compile_options: of the MLPs, see `compiled_mlps`; None leaves them as they are.
     """
 
-    def __init__(self, model, cache: AnTKVCache, make_graph: Callable[[], Graph], strict: bool = False) -> None:
+    def __init__(
+        self, model, cache: AnTKVCache, make_graph: Callable[[], Graph], strict: bool = False,
+        compile_options: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         # The cache keeps this object, which therefore must not keep the cache: its memory would wait for the collector.
         self._model, self._cache, self._make_graph, self._strict = model, weakref.ref(cache), make_graph, strict
         self._runs_python = make_graph().runs_python
         self._usable: bool | None = None  # known at the first step
-        self.weights: Any = None  # where they are: see `graphed`
+        self._compile_options, self.compile_failed = compile_options, False
+        self.made_for: Any = None  # where weights are, and options: see `graphed`
         self._begin([], {}, "")
 
     def _begin(self, storages: list[StaticStorage], inputs: dict[str, Any], lane: str) -> None:
@@ -156,6 +163,7 @@ class GraphedModel:
         self._storages, self._lane = storages, lane
         self._steps: dict[int, _Replayed] = {}
         self._encode: _Replayed | None = None
+        self._mlps: CompiledMLPs | None = None  # compiled for these inputs
         self._inputs: dict[str, torch.Tensor] = {}
         for name in ("input_ids", "position_ids") if inputs else ():
             self._inputs[name] = inputs[name].to(storages[0].offset.device, copy=True)
@@ -188,6 +196,21 @@ class GraphedModel:
             return self._model(**inputs)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
+    def _compile_mlps(self) -> None:
+        """Before the first step finds the MLPs, before the second one compiles them; warns where that cannot be."""
+        if self._compile_options is None or self.compile_failed:
+            return
+        try:
+            if self._mlps is None:
+                self._mlps = CompiledMLPs(self._model, self._compile_options)
+            if self._steps:
+                self._mlps.prepare()
+        except CompileError as error:
+            self.compile_failed = True
+            if self._strict:
+                raise RuntimeError(f"{error}; leave compile_mlps out to go on without it") from error
+            warnings.warn(f"{error}; decoding goes on without compile_mlps", stacklevel=4)
+
     def _give_up(self, reason: str) -> None:
         message = f"decode steps of {type(self._model).__name__} cannot be replayed as CUDA graphs: {reason}"
         if self._strict:
@@ -210,6 +233,7 @@ class GraphedModel:
         same = same and lane == self._lane and _flags(inputs) == self._flags
         if not same or any(inputs[name].shape != buffer.shape for name, buffer in self._inputs.items()):
             self._begin(storages, inputs, lane)
+        self._compile_mlps()
         counts = storages[0].counts
         if storages[0].must_encode:
             if self._encode is None:
@@ -223,7 +247,7 @@ class GraphedModel:
         while bucket < counts.coded:
             bucket *= GROWTH
         if bucket not in self._steps:
-            forward = partial(_forward, self._model, self._cache, self._inputs, self._flags)
+            forward = partial(_forward, self._model, self._cache, self._inputs, self._flags, self._mlps)
             self._steps[bucket] = _Replayed(forward, self._make_graph())
         return self._run(self._steps[bucket], storages, counts._replace(tail=counts.tail + 1), planned=bucket)
 
@@ -250,18 +274,24 @@ class GraphedModel:
         return output
 
 
-def _forward(model, cache: weakref.ref, inputs: dict[str, torch.Tensor], flags: dict[str, Any]) -> torch.Tensor:
-    return model(**inputs, past_key_values=cache(), **flags, return_dict=True).logits
+def _forward(
+    model, cache: weakref.ref, inputs: dict[str, torch.Tensor], flags: dict[str, Any], mlps: CompiledMLPs | None
+) -> torch.Tensor:
+    with nullcontext() if mlps is None else mlps.exchanged():
+        return model(**inputs, past_key_values=cache(), **flags, return_dict=True).logits
 
 
-def graphed(model, cache: AnTKVCache, strict: bool = False) -> GraphedModel:
+def graphed(
+    model, cache: AnTKVCache, strict: bool = False, compile_options: dict[str, Any] | None = None
+) -> GraphedModel:
     """The `GraphedModel` of a model and a cache; the cache keeps it, so that its next turn captures nothing again."""
     kept = cache.__dict__.get("_graphed")
     # Graphs read weights where they were: others (an adapter, another dtype) need graphs of their own.
     weights = tuple(parameter.data_ptr() for parameter in model.parameters()), _active_adapters(model)
-    if kept is None or kept._model is not model or kept.weights != weights:
-        kept = cache.__dict__["_graphed"] = GraphedModel(model, cache, cuda_graphs())
-        kept.weights = weights
+    made_for = weights, compile_options
+    if kept is None or kept._model is not model or kept.made_for != made_for or kept.compile_failed:
+        kept = cache.__dict__["_graphed"] = GraphedModel(model, cache, cuda_graphs(), compile_options=compile_options)
+        kept.made_for = made_for
     kept._strict, kept._usable = strict, None
     return kept
 

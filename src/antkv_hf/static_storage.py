@@ -153,7 +153,6 @@ class StaticStorage(LayerStorage):
             statistic=torch.zeros(batch, heads, rows if observed else 0, **place),
             lengths=torch.zeros(3, dtype=torch.int32, **place),
         )
-        self._tail_length = self.buffers.lengths[1:2]
         self._encoding = torch.tensor([chunk, -chunk, self.slots_per_chunk], dtype=torch.int32, **place)
         self._counts = Counts()
         self._beside: tuple[torch.Tensor, ...] | None = None  # keys, values and statistic of a prompt's tail
@@ -245,7 +244,6 @@ class StaticStorage(LayerStorage):
         b, (coded, tail, slots) = self.buffers, self._counts
         if keys.shape[2] == 1 and self._beside is None and tail < b.tail_keys.shape[2]:
             self.backend.append_token(keys, values, b.tail_keys, b.tail_values, b.lengths)
-            self._tail_length.add_(1)
             self.count(Counts(coded, tail + 1, slots))
             return
         statistic = self.statistic

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from antkv.decode_attention import decode_attention
-from antkv.static_step import append_token
+from antkv.static_step import add_column_statistic, add_query_moment, append_token
 from builders import assert_near, quantized_past, random_codec, random_snapshot, rotary_of
 from conftest import tiny_llama
 from helpers import pair_tables, random_tables
@@ -117,12 +117,72 @@ def test_a_recorded_step_lives_through_chunks():
     assert torch.equal(static.anchors.positions, grown.anchors.positions)
     assert_near(static.statistic, grown.statistic, 1e-5)
     assert_near(static.query_moment, grown.query_moment, 1e-6)
-    # All that a step launches for a layer: these and, of PyTorch, one addition; the rest are views and allocations.
+    # All that a step launches for a layer: these four; the rest are views and allocations.
     assert [name for name in graph.names if name.endswith("_kernel")] == [
-        "append_token_kernel", "decode_kernel", "merge_splits_kernel", "query_moment_kernel", "column_statistic_kernel"
+        "append_token_kernel", "decode_kernel", "merge_splits_kernel", "column_statistic_kernel"
     ]  # fmt: skip
     free = {"empty", "view", "slice", "select", "alias", "detach", "_to_copy"}
-    assert [name for name in graph.names if not name.endswith("_kernel") and name not in free] == ["add_"]
+    assert [name for name in graph.names if not name.endswith("_kernel") and name not in free] == []
+
+
+def check_append(batch: int, heads: int, dims: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> None:
+    """New keys and values of any strides go behind the tail, which is one longer, and nowhere else."""
+    rows, tail = 10, 7
+    new = [torch.randn(batch, 1, heads, d, device=device).to(dtype).transpose(1, 2) for d in dims]
+    buffers = [torch.randn(batch, heads, rows, d, device=device).to(dtype) for d in dims]
+    expected = [buffer.clone() for buffer in buffers]
+    lengths = torch.tensor([5, tail, 3], dtype=torch.int32, device=device)
+    for step in range(2):
+        for wanted, x in zip(expected, new):
+            wanted[:, :, tail + step] = x[:, :, 0]
+        append_token(*new, *buffers, lengths)
+        assert all(torch.equal(a, b) for a, b in zip(buffers, expected))
+        assert lengths.tolist() == [5, tail + step + 1, 3]
+
+
+APPENDS = [(1, 1, (32, 32)), (3, 5, (24, 40)), (8, 8, (16, 16)), (5, 13, (16, 32))]  # the last takes many programs
+
+
+@pytest.mark.parametrize("batch, heads, dims", APPENDS)
+def test_append_token(batch, heads, dims):
+    check_append(batch, heads, dims, torch.float16)
+
+
+def check_moment(group: int, dim: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The moment that the statistic's kernel adds is that of its own kernel; the statistic stays what it is."""
+    batch, heads, rows = 2, 3, 40
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(batch, 1, heads * group, dim, generator=g).to(device, dtype).transpose(1, 2)
+    tails = [torch.randn(batch, heads, rows, dim, generator=g).to(device, dtype) for _ in range(2)]
+    lse = torch.randn(batch, heads * group, 1, generator=g).to(device)
+    offset = torch.tensor([0, 100], device=device)
+    lengths = torch.tensor([96, 29, 0], dtype=torch.int32, device=device)
+    found = []
+    for together in (False, True):
+        statistic = torch.ones(batch, heads, rows, device=device)
+        moment = torch.full((batch, heads, 2), 3.0, device=device)
+        for _ in range(2):
+            if not together:
+                add_query_moment(query, 0.3, moment)
+            add_column_statistic(
+                "squared_attention", query, *tails, query, lse, statistic, lengths, offset, scale=0.3, stride=4,
+                moment=moment if together else None,
+            )  # fmt: skip
+        found.append((statistic, moment))
+    assert torch.equal(found[0][0], found[1][0])
+    assert_near(found[1][1], found[0][1], 1e-6)
+    squares = query.float().square().sum(-1).unflatten(1, (heads, group)).sum((2, 3)) * 0.3**2 / dim
+    wanted = 3 + 2 * torch.stack([squares, torch.full_like(squares, group)], -1)
+    assert_near(found[1][1], wanted, 1e-5)
+
+
+MOMENTS = [(1, 32), (4, 64), (3, 24), (64, 128)]  # query heads a group, head size; the last has a launch of its own
+
+
+@pytest.mark.parametrize("group, dim", MOMENTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_moment_with_the_statistic(group, dim, dtype):
+    check_moment(group, dim, dtype)
 
 
 def test_encoding_is_replayed_too():
@@ -230,6 +290,30 @@ def test_cuda_graphs_write_the_same_tokens(lane, case, monkeypatch):
     assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
     # A warm-up and a capture in each layer for each plan: of up to 32 coded tokens and of up to 128.
     assert CALLS["triton.decode_attention"] == 2 * 2 * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_small_kernels_of_a_step_on_a_gpu(dtype):
+    for batch, heads, dims in (*APPENDS, (1, 8, (128, 128)), (8, 8, (128, 128)), (64, 8, (128, 128))):
+        check_append(batch, heads, dims, dtype, "cuda")
+    for group, dim in (*MOMENTS, (4, 128), (8, 256)):
+        check_moment(group, dim, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [True, dict(mode="max-autotune-no-cudagraphs")], ids=("default", "autotuned"))
+def test_compiled_mlps_in_cuda_graphs(options):
+    """Inductor's kernels in captured steps write the tokens of a float32 model, which is left as it was."""
+    model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto")
+    ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0)).cuda()
+    lengths = dict(max_new_tokens=80, min_new_tokens=80, do_sample=False)
+    written = []
+    for compiled in (False, options):
+        generate = antkv_generate(codebook, cuda_graphs=True, compile_mlps=compiled)
+        written.append(model.generate(ids, custom_generate=generate, **lengths))
+    assert torch.equal(*written)
+    assert all("forward" not in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.gpu

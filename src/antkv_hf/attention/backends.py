@@ -59,7 +59,7 @@ class Backend(Protocol):
         ...
 
     def append_token(self, keys, values, tail_keys, tail_values, lengths) -> None:
-        """Writes ``(batch, kv_heads, 1, dim)`` into the tail's buffers at index ``lengths[1]``, in place."""
+        """Writes ``(batch, kv_heads, 1, dim)`` into the tail's buffers at index ``lengths[1]``, and adds 1 to that."""
         ...
 
     def answers_step(self, query, kv_heads: int, term) -> bool:

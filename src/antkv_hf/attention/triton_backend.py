@@ -115,14 +115,14 @@ class TritonBackend:
         assert static is not None
         query = query.to(static.tail_keys.dtype)
         with torch.cuda.device_of(query):
-            add_query_moment(query, scale, storage.query_moment)
             if term is None:
+                add_query_moment(query, scale, storage.query_moment)
                 return
             CALLS["triton.column_statistic"] += 1
             add_column_statistic(
                 TERMS[term], query, static.tail_keys, static.tail_values, out.flatten(1, 2), lse.flatten(1, 2),
                 static.statistic, static.lengths, past.offset, scale=scale, mask=mask, softcap=softcap,
-                stride=storage.config.anchors.query_stride,
+                stride=storage.config.anchors.query_stride, moment=storage.query_moment,
             )  # fmt: skip
 
     def _static_past(self, past: Snapshot) -> QuantizedPast:

@@ -13,8 +13,8 @@ from builders import quantized_past, random_codec, random_snapshot
 HEADS, GROUP, ROWS = 2, 4, 256
 
 
-def _append(dtype: torch.dtype, dim: int) -> None:
-    tail, new = torch.empty(1, HEADS, ROWS, dim, dtype=dtype), torch.empty(1, HEADS, 1, dim, dtype=dtype)
+def _append(dtype: torch.dtype, dim: int, batch: int = 1) -> None:
+    tail, new = (torch.empty(batch, HEADS, rows, dim, dtype=dtype) for rows in (ROWS, 1))
     append_token(new, new, tail, tail, torch.zeros(3, dtype=torch.int32))
 
 
@@ -23,6 +23,7 @@ def _statistic(term: str, dtype: torch.dtype, dim: int, stride: int) -> None:
     add_column_statistic(
         term, query, tail, tail, query.float(), torch.empty(1, HEADS * GROUP, 1), torch.empty(1, HEADS, ROWS),
         torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), scale=0.1, stride=stride,
+        moment=torch.empty(1, HEADS, 2),
     )  # fmt: skip
 
 
@@ -39,9 +40,15 @@ def _decode(dtype: torch.dtype, dim: int) -> None:
     decode_attention(query, past, snapshot.tail_keys, snapshot.tail_values, scale=dim**-0.5)
 
 
-CALLS: list[Callable[[], None]] = [partial(_append, torch.bfloat16, 128), partial(_moment, torch.bfloat16, 128)]
+CALLS: list[Callable[[], None]] = [
+    partial(_append, torch.bfloat16, 128),
+    partial(_statistic, "squared_attention", torch.bfloat16, 128, 16),
+]
 MORE_CALLS: list[Callable[[], None]] = [
+    partial(_moment, torch.bfloat16, 128),
     partial(_append, torch.float32, 80),
+    partial(_append, torch.bfloat16, 128, 32),
+    partial(_append, torch.bfloat16, 128, 33),
     partial(_statistic, "squared_attention", torch.bfloat16, 128, 1),
     partial(_statistic, "squared_attention", torch.float32, 64, 4),
     partial(_statistic, "anchor_score", torch.float16, 128, 1),

@@ -106,19 +106,20 @@ def _add_queries(
 
 @triton.jit
 def column_statistic_kernel(
-    p_query, p_keys, p_values, p_output, p_lse, p_mask, p_first_query, p_statistic, p_out, p_lengths,
+    p_query, p_keys, p_values, p_output, p_lse, p_mask, p_first_query, p_statistic, p_out, p_lengths, p_moment,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_lb, stride_lh, stride_lt, stride_mb, stride_mh, stride_mt, stride_mn,
     heads, kv_heads, q_len, kv_len, first_column, rows, splits, stride: tl.constexpr, scale,
     softcap, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, TERM: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, FAR: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_STATISTIC: tl.constexpr,
-    STATIC: tl.constexpr,
+    STATIC: tl.constexpr, MOMENT: tl.constexpr,
 ):  # fmt: skip
     """out[split, bh, j] = statistic[bh, j] + sum over this split's queries i and heads of w_ij term_ij.
 
     Statistics have `rows` places a kv head. If STATIC, `p_lengths` holds first_column and how many keys there are, and
-    `p_first_query` the first key of each sequence that is no padding.
+    `p_first_query` the first key of each sequence that is no padding. If MOMENT (of one query token, G <= BM), a head's
+    first program does what `query_moment_kernel` does, in place, which saves a step a launch.
 
     A program has BN keys of one kv head. BN divides BLOCK and blocks are cut at absolute columns, so that all keys of a
     program have the same near queries. Rows count from the first query, whose key column is `first_index`.
@@ -198,6 +199,16 @@ def column_statistic_kernel(
     if STATIC:
         tl.debug_barrier()  # in place: every warp has loaded before one stores
     tl.store(p_out + split.to(tl.int64) * heads * rows + o_row + token, total, mask=m_column)
+    if MOMENT and tl.program_id(0) < heads:
+        pair = tl.arange(0, BM).to(tl.int64)
+        m_query = (pair < G)[:, None] & (d < D)[None, :]
+        query = tl.load(p_query + (pair * stride_qh)[:, None] + d[None, :], mask=m_query, other=0.0).to(tl.float32)
+        o_moment = bh.to(tl.int64) * 2
+        squares = tl.load(p_moment + o_moment) + tl.sum(tl.sum(query * query, 1), 0) * (scale * scale / D)
+        count = tl.load(p_moment + o_moment + 1) + G
+        tl.debug_barrier()  # in place, as above
+        tl.store(p_moment + o_moment, squares)
+        tl.store(p_moment + o_moment + 1, count)
 
 
 @triton.jit
@@ -328,14 +339,14 @@ def column_statistic(
     limit = {} if term == "anchor_score" else register_limit(warps, keys)
     parts = out if splits == 1 else out.new_empty(splits, batch, kv_heads, n)
     column_statistic_kernel[(blocks * batch * kv_heads, splits)](
-        query, keys, values, output, lse, query if mask is None else mask, first_query, statistic, parts, None,
+        query, keys, values, output, lse, query if mask is None else mask, first_query, statistic, parts, None, None,
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *output.stride()[:3], *lse.stride(),
         *mask_strides, batch * kv_heads, kv_heads, q_len, kv_len, first_column, n, splits, stride,
         scale, 1.0 if softcap is None else softcap,
         G=group, D=dim, DV=value_dim, BD=head_block(dim), BDV=head_block(value_dim), BN=columns, BM=queries, TERM=term,
         CAUSAL=is_causal and kind == "none", MASK=kind, SOFTCAP=softcap is not None, FAR=stride > 1,
         HAS_FIRST=first_query is not None, HAS_STATISTIC=splits == 1 and statistic is not None, STATIC=False,
-        num_warps=warps, num_stages=stages, **limit,
+        MOMENT=False, num_warps=warps, num_stages=stages, **limit,
     )  # fmt: skip
     return out if splits == 1 else _sum_of_parts(parts, statistic, out)
 

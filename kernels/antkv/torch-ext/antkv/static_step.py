@@ -14,22 +14,33 @@ from .anchor_score import TERMS, column_statistic_kernel, query_moment_kernel, t
 from .checks import head_block, mask_arguments, require
 from .decode_plan import MAX_ROWS
 
+ONE_PROGRAM = 64  # (sequence, kv head) pairs that one program of `append_token` takes together
+
 
 @triton.jit
 def append_token_kernel(
     p_new_keys, p_new_values, p_keys, p_values, p_lengths, stride_kb, stride_kh, stride_vb, stride_vh, heads, rows,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    total, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BH: tl.constexpr,
+    ADVANCE: tl.constexpr,
 ):  # fmt: skip
-    """keys[bh, lengths[1]] = new_keys[bh], values alike: one kv head of one sequence a program."""
-    bh = tl.program_id(0).to(tl.int64)
+    """keys[bh, lengths[1]] = new_keys[bh], values alike: BH of `total` (sequence, kv head) pairs a program.
+
+    If ADVANCE, lengths[1] += 1: only where one program has all pairs, so that no other reads it.
+    """
+    bh = tl.program_id(0).to(tl.int64) * BH + tl.arange(0, BH)
+    m_bh = (bh < total)[:, None]
     b, h = bh // heads, bh % heads
-    row = bh * rows + tl.load(p_lengths + 1)
-    d = tl.arange(0, BD)
-    key = tl.load(p_new_keys + b * stride_kb + h * stride_kh + d, mask=d < D, other=0.0)
-    tl.store(p_keys + row * D + d, key, mask=d < D)
-    dv = tl.arange(0, BDV)
-    value = tl.load(p_new_values + b * stride_vb + h * stride_vh + dv, mask=dv < DV, other=0.0)
-    tl.store(p_values + row * DV + dv, value, mask=dv < DV)
+    d = tl.arange(0, BD)[None, :]
+    key = tl.load(p_new_keys + (b * stride_kb + h * stride_kh)[:, None] + d, mask=m_bh & (d < D), other=0.0)  # [BH, BD]
+    dv = tl.arange(0, BDV)[None, :]
+    value = tl.load(p_new_values + (b * stride_vb + h * stride_vh)[:, None] + dv, mask=m_bh & (dv < DV), other=0.0)
+    if ADVANCE:  # what was there: one thread adds, and all get the same
+        tail = tl.atomic_add(p_lengths + 1, 1, sem="relaxed")
+    else:
+        tail = tl.load(p_lengths + 1)
+    row = (bh * rows + tail)[:, None]
+    tl.store(p_keys + row * D + d, key, mask=m_bh & (d < D))
+    tl.store(p_values + row * DV + dv, value, mask=m_bh & (dv < DV))
 
 
 def append_token(
@@ -39,7 +50,7 @@ def append_token(
     values: torch.Tensor,
     lengths: torch.Tensor,
 ) -> None:
-    """Writes one token of each sequence behind the tail; the lengths stay as they are.
+    """Writes one token of each sequence behind the tail, which is then one longer: ``lengths[1] += 1``.
 
     Args:
         new_keys, new_values: ``(batch, kv_heads, 1, dim)``, any strides but a last one of 1.
@@ -57,10 +68,16 @@ def append_token(
     _check_lengths(lengths)
     batch, heads, rows, dim = keys.shape
     value_dim = values.shape[3]
-    append_token_kernel[(batch * heads,)](
+    pairs = batch * heads
+    together = pairs <= ONE_PROGRAM
+    block = triton.next_power_of_2(pairs) if together else 1
+    append_token_kernel[(triton.cdiv(pairs, block),)](
         new_keys, new_values, keys, values, lengths, *new_keys.stride()[:2], *new_values.stride()[:2], heads, rows,
-        D=dim, DV=value_dim, BD=head_block(dim), BDV=head_block(value_dim), num_warps=1,
+        pairs, D=dim, DV=value_dim, BD=head_block(dim), BDV=head_block(value_dim), BH=block, ADVANCE=together,
+        num_warps=8 if block > 16 else 4 if block > 1 else 1,
     )  # fmt: skip
+    if not together:
+        lengths[1:2].add_(1)
 
 
 def add_column_statistic(
@@ -78,6 +95,7 @@ def add_column_statistic(
     stride: int = 1,
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
+    moment: torch.Tensor | None = None,
 ) -> None:
     """`anchor_score.column_statistic` of one query token a sequence, added to `statistic` in place.
 
@@ -88,6 +106,7 @@ def add_column_statistic(
         statistic: float32 ``(batch, kv_heads, rows)``, contiguous.
         lengths: int32 ``(3,)``, see `QuantizedPast`. offset: int64 ``(batch,)``: keys at columns before it get nothing.
         scale, stride, mask, softcap: as in `column_statistic`.
+        moment: float32 ``(batch, kv_heads, 2)``, contiguous, to which `anchor_score.query_moment` is added in place.
 
     Raises:
         ValueError: for a term, size, dtype or stride that the kernel was not written for.
@@ -109,14 +128,20 @@ def add_column_statistic(
     mask, kind, mask_strides = mask_arguments(mask, batch, q_heads, 1, columns)
     tile, queries, warps, stages = tile_sizes(term, head_block(max(dim, value_dim)), query.dtype, group)
     blocks = triton.cdiv(rows, tile) + 1  # they are cut at absolute columns
+    if moment is not None:
+        _check_moment(moment, batch)
+        if queries < group:  # a tile of float32 does not hold so many heads
+            add_query_moment(query, scale, moment)
+            moment = None
     column_statistic_kernel[(blocks * batch * kv_heads, 1)](
         query, keys, values, output, lse, query if mask is None else mask, offset, statistic, statistic, lengths,
+        moment,
         *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *output.stride()[:3], *lse.stride(),
         *mask_strides, batch * kv_heads, kv_heads, 1, rows, 0, rows, 1, stride, scale,
         1.0 if softcap is None else softcap,
         G=group, D=dim, DV=value_dim, BD=head_block(dim), BDV=head_block(value_dim), BN=tile, BM=queries, TERM=term,
         CAUSAL=False, MASK=kind, SOFTCAP=softcap is not None, FAR=stride > 1, HAS_FIRST=False, HAS_STATISTIC=True,
-        STATIC=True, num_warps=warps, num_stages=stages,
+        STATIC=True, MOMENT=moment is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -136,13 +161,17 @@ def add_query_moment(query: torch.Tensor, scale: float, moment: torch.Tensor) ->
     require(
         q_len == 1 and group <= MAX_ROWS, f"{q_len} query tokens of {group} heads; one of up to {MAX_ROWS} is taken"
     )
-    fits = moment.shape == (batch, kv_heads, 2) and moment.dtype == torch.float32 and moment.is_contiguous()
-    require(fits, f"moment must be contiguous float32 ({batch}, kv_heads, 2)")
+    _check_moment(moment, batch)
     query_moment_kernel[(1, batch * kv_heads)](
         query, None, moment, moment, *query.stride()[:3], kv_heads, 1, 0, scale * scale / dim,
         G=group, D=dim, BD=head_block(dim), BM=min(32, triton.next_power_of_2(group)), ROWS=MAX_ROWS,
         HAS_FIRST=False, HAS_MOMENT=True, IN_PLACE=True, num_warps=4,
     )  # fmt: skip
+
+
+def _check_moment(moment: torch.Tensor, batch: int) -> None:
+    fits = moment.shape == (batch, moment.shape[1], 2) and moment.dtype == torch.float32 and moment.is_contiguous()
+    require(fits, f"moment must be contiguous float32 ({batch}, kv_heads, 2)")
 
 
 def _check_lengths(lengths: torch.Tensor) -> None:
