@@ -140,7 +140,7 @@ def test_a_prompt_without_a_new_token(llama, cache, codebook, lane, extra):
 def test_use_cache_false_beside_a_cache(llama, cache, codebook):
     """Every step would append the whole text: 40 + 12 tokens became 546."""
     llama(ids(39), past_key_values=cache)
-    with pytest.raises(ValueError, match="use_cache=False beside a cache that holds 39 tokens.*Leave use_cache out"):
+    with pytest.raises(ValueError, match="use_cache=False beside a cache that holds 39 tokens.*Pass use_cache=True"):
         llama.generate(ids(40), past_key_values=cache, use_cache=False, max_new_tokens=12)
     with pytest.raises(ValueError, match="use_cache=False beside a cache that holds 0 tokens"):
         llama.generate(ids(40), custom_generate=antkv_generate(codebook), use_cache=False, max_new_tokens=12)

@@ -56,7 +56,7 @@ def check_generate(use_cache: bool | None, tokens: int, encoder_decoder: bool) -
     if use_cache is False:
         raise ValueError(
             f"use_cache=False beside a cache that holds {tokens} tokens: every step would read the whole text into it "
-            "again. Leave use_cache out, or generate without a cache"
+            "again. Pass use_cache=True (the model's generation_config may say False), or generate without a cache"
         )
 
 
