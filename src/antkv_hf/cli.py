@@ -203,6 +203,10 @@ def calibrate(
             help="Learn none: --finetune this one (folder, Hub id, shipped name), or measure its noise anew.",
         ),
     ] = None,
+    max_table_mb: Annotated[
+        float | None,
+        typer.Option(help="With --from: leave out residual stages that matter least, until tables take so many MB."),
+    ] = None,
     settings: Settings = None,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -226,6 +230,7 @@ def calibrate(
 
     from .calibration import calibrate as learn
     from .calibration import measure_noise
+    from .calibration.drop_stages import drop_stages
     from .calibration.finetune import Numbers
     from .calibration.finetune import finetune as tune
     from .calibration.processes import Processes, device_of, on_cpu
@@ -244,6 +249,10 @@ def calibrate(
             window=window if finetune else None, samples=samples, base_model=base_model, license=license,
         )  # fmt: skip
         given = AnTKVCodebook.from_pretrained(start)
+        if max_table_mb is not None:
+            given = drop_stages(given, int(max_table_mb * 1e6))
+    elif max_table_mb is not None:
+        raise ValueError("--max-table-mb makes an existing codebook smaller: name it with --from")
     wanted = bits or ([] if mixed else ["1"])
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings, layer_bits) for b in wanted]
     runs: list[tuple[str, AnTKVConfig, Mixed | None]] = [
@@ -272,7 +281,7 @@ def calibrate(
             )  # fmt: skip
             if processes.rank:
                 continue
-            if given is not None and not finetune:
+            if given is not None and (max_table_mb is not None or not finetune):
                 codebook = measure_noise(loaded, tokenizer, mix, given, window=window, seed=seed)
             if finetune:
                 codebook = tune(
