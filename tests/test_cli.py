@@ -6,13 +6,14 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_llama
 from helpers import random_codebook
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from antkv_hf import AnTKVCodebook, AnTKVConfig, __version__
+from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, __version__
 from antkv_hf.cli import app
 
 TEXT = "The keeper cleans the lens on Monday, with warm water and vinegar. The cat sleeps in the boat house. "
@@ -144,6 +145,19 @@ def test_inspect(place):
     assert "not a multiple of sub_dim 32" in text, "head size 16 has no 0.375-bit preset"
 
 
+def test_inspect_a_cache(place, llama):
+    cache = AnTKVCache(llama.config, codebook=AnTKVCodebook.from_pretrained(place / "book"))
+    llama(torch.randint(3, 90, (1, 50)), past_key_values=cache)
+    cache.save(place / "cache")
+    assert "fits" not in antkv("inspect", place / "cache").stdout
+    assert f"fits        {place / 'model'}" in antkv("inspect", place / "cache", "--model", place / "model").stdout
+    tiny_llama(num_key_value_heads=4).save_pretrained(place / "other")
+    said = error_of("inspect", place / "cache", "--model", place / "other")
+    assert (
+        f"does not fit {place / 'other'}: it was filled by" in said and "(kv_heads 2)" in said and "kv_heads 4" in said
+    )
+
+
 def test_calibrate(place, monkeypatch):
     import antkv_hf.calibration
 
@@ -170,6 +184,13 @@ def test_calibrate(place, monkeypatch):
         "calibrate", place / "model", place / "text.txt", "-o", out / "mixed", "--key-bits", "d8b8s2", "--device", "cpu"
     )
     assert (str(seen[-1][0].key), str(seen[-1][0].value)) == ("d8b8s2", "d8b8")
+    antkv(
+        "calibrate", place / "model", place / "text.txt", "-o", out / "layers", "--layer-bits", "0=2,2=1/d16b8",
+        "--device", "cpu",
+    )  # fmt: skip
+    expected = {0: (VQSpec(4, 8), VQSpec(4, 8)), 2: (VQSpec(8, 8), VQSpec(16, 8))}
+    assert seen[-1][0].layer_specs == expected
+    assert AnTKVCodebook.from_pretrained(out / "layers").config.layer_specs == expected
 
 
 def test_errors_are_one_line(place, tmp_path):
@@ -177,9 +198,13 @@ def test_errors_are_one_line(place, tmp_path):
     assert "give either --prompt" in error_of("generate", model, book)
     assert "the prompt is empty: give text with --prompt" in error_of("generate", model, book, "--prompt", " ")
     assert "--set 'windw=3'" in error_of("generate", model, book, "--prompt", "x", "--set", "windw=3")
-    assert "window is a number, e.g. window=128" in error_of(
-        "generate", model, book, "--prompt", "x", "--set", "window=wide"
-    )
+    for setting, message in (
+        ("window=wide", "window='wide' must be a whole number, e.g. window=128"),
+        ("window=1.5", "window=1.5 must be a whole number, e.g. window=128"),
+        ("anchor_fraction=some", "fraction='some' must be a number, e.g. fraction=0.02"),
+        ("skip_layers=a", "skip_layers=('a',) must be layer numbers, e.g. [0, 1]"),
+    ):
+        assert message in error_of("generate", model, book, "--prompt", "x", "--set", setting)
     assert "window=0 must be at least 1" in error_of("generate", model, book, "--prompt", "x", "--set", "window=0")
     assert "no codebook 'nowhere'" in error_of("generate", model, "nowhere", "--prompt", "x")
     assert "config.json is missing. Give a folder that holds" in error_of("inspect", tmp_path)
@@ -190,6 +215,22 @@ def test_errors_are_one_line(place, tmp_path):
     assert "--device 'tpu' is unknown" in error_of("evaluate", model, book, *text, "--device", "tpu")
     assert "--dtype 'int8' is unknown" in error_of("evaluate", model, book, *text, "--dtype", "int8")
     assert "3 bits per element do not exist" in error_of("calibrate", model, text[1], "-o", tmp_path / "x", "--bits", 3)
+    (tmp_path / "taken").write_text("x")
+    for output in (tmp_path / "taken", tmp_path / "taken" / "book"):
+        said = error_of("calibrate", "no/model", text[1], "-o", output)
+        assert f"--output {output}: {tmp_path / 'taken'} is a file: name a folder to write" in said
+    for command in (("generate", "nomodel", book, "--prompt", "x"), ("inspect", "--model", "nomodel"),
+                    ("inspect", book, "--model", "nomodel"), ("budget", "nomodel", "--tokens", 9)):  # fmt: skip
+        said = error_of(*command)
+        assert "model 'nomodel' cannot be loaded: " in said and "or a Hub id such as owner/name" in said
+    assert f"model '{tmp_path}' cannot be loaded: " in error_of("generate", tmp_path, book, "--prompt", "x")
+    assert "there is no prompt file 'no.txt'" in error_of("generate", model, book, "--prompt-file", "no.txt")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    assert "latin is not UTF-8 text (byte 3): convert it" in error_of(
+        "generate", model, book, "--prompt-file", tmp_path / "latin"
+    )
+    assert "no codebook 'nope': it is no folder" in error_of("demo", "nope")
+    assert "no codebook 'nope': it is no folder" in error_of("budget", model, "--tokens", 9, "--among", "nope")
     assert "no text file or folder" in error_of("calibrate", model, tmp_path / "no.txt", "-o", tmp_path / "x")
     assert "give a CODEBOOK (folder, Hub id, shipped name or cache file), or --model" in error_of("inspect")
     if not torch.cuda.is_available():

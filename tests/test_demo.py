@@ -11,8 +11,9 @@ import torch
 from helpers import random_codebook
 from test_cli import CHAT, TEXT, character_tokenizer
 
-from antkv_hf import AnTKVCodebook, AnTKVConfig, codebook, demo, demo_model
-from antkv_hf.demo import find_codebook, format_demo, run_demo
+from antkv_hf import AnTKVCodebook, AnTKVConfig, codebook_names, demo, demo_model
+from antkv_hf.codebook_names import find_codebook
+from antkv_hf.demo import format_demo, run_demo
 from antkv_hf.demo_model import load_demo_model
 
 
@@ -51,7 +52,7 @@ def test_find_codebook(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no codebook 'gpt9-1bit'.*antkv calibrate"):
         find_codebook("gpt9-1bit")
     package = tmp_path / "checkout" / "src" / "antkv_hf"
-    monkeypatch.setattr(codebook, "__file__", str(package / "codebook.py"))
+    monkeypatch.setattr(codebook_names, "__file__", str(package / "codebook_names.py"))
     for place in (package / "codebooks", tmp_path / "checkout" / "codebooks"):  # the checkout wins over the wheel
         (place / "some-1bit").mkdir(parents=True)
         (place / "some-1bit" / "config.json").touch()

@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import torch
+from helpers import random_codebook
+from test_cli import character_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from antkv_hf import AnTKVCache, AnTKVCodebook
+from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,6 +35,29 @@ def test_worked_example_of_bits():
     for said, value in ((1.21, found.bits_per_element), (6.64, found.bits_per_element_with_window)):
         assert f"{value:.2f}" == f"{said:.2f}" and f"**{said:.2f} bits**" in text
     assert f"{found.compression:.1f} times as much" in text
+
+
+def test_the_code_under_use_runs(llama, monkeypatch, capsys):
+    """README's first block of Python, with the tiny model and a codebook of it in place of those it names."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^## Use\n\n```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    book = random_codebook(llama, AnTKVConfig.preset("1bit", window=8, chunk=16))
+    loaded = []
+
+    def loads(what):
+        return lambda name, **options: loaded.append(name) or what
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads(llama))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", loads(character_tokenizer()))
+    monkeypatch.setattr(AnTKVCodebook, "from_pretrained", loads(book))
+    names: dict = {}
+    try:
+        exec(block[1], names)
+    finally:
+        llama.set_attn_implementation("sdpa")
+    assert loaded == ["HuggingFaceTB/SmolLM2-135M-Instruct"] * 2 + ["smollm2-135m-instruct-1bit"] * 2
+    assert names["cache"].get_seq_length() > names["inputs"]["input_ids"].shape[1], "generate filled the cache"
 
 
 def test_links_lead_somewhere():

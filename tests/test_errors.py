@@ -10,11 +10,10 @@ import torch
 from conftest import tiny_llama
 from helpers import random_codebook
 from test_cli import character_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate
 from antkv_hf.cache.model_rotary import _is_interleaved
-from antkv_hf.config import AnchorConfig
 
 CONFIG = AnTKVConfig(VQSpec(4, 8), VQSpec(4, 8), window=8, chunk=16)
 
@@ -69,7 +68,10 @@ def test_truncated_edited_and_foreign_files(codebook, tmp_path):
     for edit, message in (
         (lambda d: d.update(format_version=7), "format_version 7 is not known .this antkv-hf reads 1 to 3."),
         (lambda d: d.pop("tables"), "a field is missing .*tables.*Download or make it again"),
-        (lambda d: d["antkv"].update(key="d8b8"), "layer 0, key tables: centroids has shape"),
+        (lambda d: d.update(format_version="1"), r"config.json: format_version '1' is not known"),
+        (lambda d: d["antkv"].update(key="d8b8"), "codebooks.safetensors: layer 0, key tables: centroids has shape"),
+        (lambda d: d["antkv"].update(window=-1), r"config.json: window=-1 must be at least 1"),
+        (lambda d: d["antkv"].update(key="d9"), r"config.json: cannot read codec spec 'd9'"),
         (lambda d: d["antkv"].update(wrong=1), "unknown config field 'wrong'"),
         (lambda d: d["model"].update(kv_heads=5), "kv_heads|5"),
     ):
@@ -113,6 +115,43 @@ def test_reuse_with_another_prompt(llama, cache):
     assert cache.get_seq_length() == held, "a refused call must leave the cache as it was"
     cache.reset()
     llama.generate(ids(60, seed=1), past_key_values=cache, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("extra", ({}, dict(prompt_lookup_num_tokens=4), dict(num_beams=3), "custom"))
+@pytest.mark.parametrize("lane", ("sdpa", "antkv"))
+def test_a_prompt_without_a_new_token(llama, cache, codebook, lane, extra):
+    """transformers would read it all again, behind itself, and write another text without a word."""
+    options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    options |= dict(custom_generate=antkv_generate()) if extra == "custom" else extra
+    llama.set_attn_implementation(lane)
+    try:
+        expected = llama.generate(ids(40), past_key_values=AnTKVCache(llama.config, codebook=codebook), **options)
+        starting_over = AnTKVCache(llama.config, codebook=codebook, on_new_prompt="reset")
+        for held in (cache, starting_over):
+            llama(ids(40), past_key_values=held)
+        with pytest.raises(ValueError, match="holds 40 tokens and the prompt has only 40, so none is new|a batch of 3"):
+            llama.generate(ids(40), past_key_values=cache, **options)
+        assert torch.equal(llama.generate(ids(40), past_key_values=starting_over, **options), expected)
+    finally:
+        llama.set_attn_implementation("sdpa")
+    assert cache.get_seq_length() == 40
+
+
+def test_use_cache_false_beside_a_cache(llama, cache, codebook):
+    """Every step would append the whole text: 40 + 12 tokens became 546."""
+    llama(ids(39), past_key_values=cache)
+    with pytest.raises(ValueError, match="use_cache=False beside a cache that holds 39 tokens.*Pass use_cache=True"):
+        llama.generate(ids(40), past_key_values=cache, use_cache=False, max_new_tokens=12)
+    with pytest.raises(ValueError, match="use_cache=False beside a cache that holds 0 tokens"):
+        llama.generate(ids(40), custom_generate=antkv_generate(codebook), use_cache=False, max_new_tokens=12)
+    assert cache.get_seq_length() == 39 and not cache._is_user_defined
+    options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    fresh = AnTKVCache(llama.config, codebook=codebook)
+    llama(ids(39), past_key_values=fresh)
+    expected = llama.generate(ids(40), past_key_values=fresh, **options)
+    assert torch.equal(llama.generate(ids(40), past_key_values=cache, **options), expected), (
+        "it goes on as if not asked"
+    )
 
 
 def test_reset_on_new_prompt(llama, codebook):
@@ -183,6 +222,8 @@ def test_refused_models_and_options(llama, codebook):
     sliding = AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=16)
     with pytest.raises(ValueError, match="none of the 2 layers of mistral can be quantized"):
         AnTKVCache(sliding, AnTKVConfig.preset("identity"))
+    with pytest.raises(ValueError, match=r"3 skipped.*DynamicCache for this model, or leave layers out of skip_layers"):
+        AnTKVCache(llama.config, AnTKVConfig.preset("identity", skip_layers=(0, 1, 2)))
     with pytest.raises(ValueError, match=r"offloading=True.*Leave offloading out"):
         AnTKVCache(llama.config, codebook=codebook, offloading=True)
     with pytest.raises(NotImplementedError, match=r"layer 2 of AnTKVCache cannot be offloaded.*fewer bits.*save"):
@@ -236,35 +277,6 @@ def test_rope_of_an_unknown_form():
         _is_interleaved(module, 4)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: AnTKVConfig(window=0), "window=0 must be at least 1"),
-        (lambda: AnTKVConfig(window=-5), "window=-5"),
-        (lambda: AnTKVConfig(chunk=0), "chunk=0"),
-        (lambda: AnTKVConfig.preset("3bit"), "3 bits per element do not exist.*4, 2, 1.25, 1"),
-        (lambda: AnTKVConfig.preset("1bit", key="7"), "7 bits"),
-        (lambda: AnTKVConfig(rope="post"), "'post' is unknown"),
-        (lambda: AnTKVConfig(rope="block"), "reserved"),
-        (lambda: AnTKVConfig(skip_layers=(-1,)), "negative"),
-        (lambda: AnTKVConfig(key=None), "keys None and values d8b8: .*both be None"),
-        (lambda: VQSpec(8, 9), "code_bits=9 does not exist"),
-        (lambda: VQSpec(0), "sub_dim=0"),
-        (lambda: VQSpec(8, 8, 0), "stages=0"),
-        (lambda: VQSpec.parse("8x8"), "d8b8"),
-        (lambda: VQSpec(32, 8).groups(80), "head_dim 80 is not a multiple of sub_dim 32"),
-        (lambda: AnTKVConfig().replace(windw=3), "unknown config field 'windw'.*window"),
-        (lambda: AnTKVConfig.from_dict({"anchors": {"scor": "none"}}), "unknown config field 'scor'.*score"),
-        (lambda: AnchorConfig(fraction=1.5), "1.5 must lie between 0 and 1"),
-        (lambda: AnchorConfig(dtype="int4"), "'int4' is unknown"),
-        (lambda: AnchorConfig(sinks=-1), "sinks=-1"),
-    ],
-)
-def test_config_numbers(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 def test_unknown_backend_and_score(llama, codebook, monkeypatch):
     with pytest.raises(ValueError, match="score 'best' is unknown"):
         AnTKVCache(llama.config, CONFIG.replace(anchor_score="best"), codebook)
@@ -274,6 +286,34 @@ def test_unknown_backend_and_score(llama, codebook, monkeypatch):
     monkeypatch.setenv("ANTKV_BACKEND", "cuda")
     with pytest.raises(ValueError, match="'cuda' is not available on cpu"):
         llama(ids(10), past_key_values=AnTKVCache(llama.config, codebook=codebook))
+
+
+def test_custom_generate_replaces_no_cache_of_the_user(llama, codebook):
+    held = DynamicCache(config=llama.config)
+    llama(ids(20), past_key_values=held)
+    with pytest.raises(ValueError, match="is a DynamicCache of 20 tokens, which antkv_generate would replace.*leave"):
+        llama.generate(ids(30), past_key_values=held, custom_generate=antkv_generate(codebook), max_new_tokens=2)
+    assert held.get_seq_length() == 20
+
+
+def test_rows_that_are_not_in_the_batch(llama, cache):
+    llama(ids(20, batch=2), past_key_values=cache)
+    before = [layer.storage.tail_keys for layer in cache.layers]
+    for change, message in (
+        (
+            lambda: cache.reorder_cache(torch.tensor([0, 2])),
+            "reorder_cache names row 2 of a batch of 2: rows run",
+        ),
+        (lambda: cache.reorder_cache(torch.tensor([0.0, 1.0])), "reorder_cache got rows of torch.float32: give whole"),
+        (lambda: cache.batch_select_indices(torch.tensor([5])), "batch_select_indices names row 5 of a batch of 2"),
+        (lambda: cache.batch_repeat_interleave(0), r"repeats=0 must be at least 1.*cache.reset\(\)"),
+        (lambda: cache.batch_repeat_interleave(1.5), "repeats=1.5 must be a whole number, e.g. repeats=2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            change()
+        assert all(layer.storage.tail_keys is keys for layer, keys in zip(cache.layers, before))
+    cache.batch_select_indices(torch.tensor([False, True]))
+    assert cache.layers[0].batch_size == 1 and torch.equal(cache._guard.ids, ids(20, batch=2)[1:])
 
 
 def test_custom_generate_starts_afresh_for_every_prompt(llama, codebook):

@@ -1,4 +1,4 @@
-"""1,000 damaged files: each is refused with a clean error, or loads exactly what was written. Never a wrong load."""
+"""2,000 damaged files: each is refused with a clean error, or loads exactly what was written. Never a wrong load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers import random_codebook
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec
 from antkv_hf.codebook import CONFIG_FILE, TABLES_FILE
-from antkv_hf.config import AnchorConfig
+from antkv_hf.config import AnchorConfig, ScalarSpec
 
 CONFIG = AnTKVConfig(VQSpec(4, 4), VQSpec(4, 4), window=8, chunk=16, anchors=AnchorConfig(fraction=0.1, sinks=2))
 CLEAN = (ValueError, OSError)
@@ -38,17 +38,6 @@ def model():
 @pytest.fixture(scope="module")
 def codebook(model):
     return random_codebook(model, CONFIG)
-
-
-@pytest.fixture(scope="module")
-def caches(model, codebook):
-    """Two caches of one model with different contents."""
-    made = []
-    for n in (40, 61):
-        cache = AnTKVCache(model.config, codebook=codebook)
-        model(torch.randint(3, 128, (1, n), generator=torch.Generator().manual_seed(n)), past_key_values=cache)
-        made.append(cache)
-    return made
 
 
 def header_end(data: bytes) -> int:
@@ -151,19 +140,33 @@ def fuzz(files: list[tuple], load, assert_identical, count: int) -> None:
     assert refused + harmless == count and refused > 0.9 * count, (refused, harmless)
 
 
-def test_500_damaged_caches(caches, codebook, tmp_path):
-    path = tmp_path / "cache"
-    for i, cache in enumerate(caches):
-        cache.save(tmp_path / str(i))
-    data, other = ((tmp_path / str(i)).read_bytes() for i in range(2))
+KINDS = {
+    "codebook": CONFIG,
+    "layer_bits": CONFIG.with_layer_bits("0=d4b4/d8b6"),
+    "ott-2bit": AnTKVConfig.preset("ott-2bit", window=8, chunk=32),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_500_damaged_caches(model, kind, tmp_path):
+    """Two caches of one model with different contents: the one is damaged, also by parts of the other."""
+    config = KINDS[kind]
+    book = None if isinstance(config.key, ScalarSpec) else random_codebook(model, config)
+    path, files, caches = tmp_path / "cache", [], []
+    for n in (40, 61):
+        caches.append(AnTKVCache(model.config, config, book))
+        model(torch.randint(3, 128, (1, n), generator=torch.Generator().manual_seed(n)), past_key_values=caches[-1])
+        caches[-1].save(path)
+        files.append(path.read_bytes())
     expected = caches[0].layers[0].storage.tensors()
+    assert caches[0].layers[0].storage.coded_length == 32
 
     def identical(loaded):
         found = loaded.layers[0].storage.tensors()
-        assert loaded.antkv_config == CONFIG and list(found) == list(expected)
+        assert loaded.antkv_config == config and list(found) == list(expected)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
-    fuzz([(path, data, other)], lambda: AnTKVCache.load(path, codebook=codebook), identical, 500)
+    fuzz([(path, *files)], lambda: AnTKVCache.load(path, codebook=book), identical, 500)
 
 
 def test_500_damaged_codebooks(model, codebook, tmp_path):
@@ -197,7 +200,7 @@ def test_files_that_are_nothing(codebook, tmp_path, data):
         AnTKVCodebook.from_pretrained(tmp_path / "book")
 
 
-def test_a_nested_header_in_a_sound_file(caches, codebook, tmp_path):
+def test_a_nested_header_in_a_sound_file(codebook, tmp_path):
     """JSON that is too deep for Python inside of metadata that safetensors accepts."""
     from safetensors.torch import save_file
 

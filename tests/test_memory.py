@@ -96,26 +96,61 @@ def test_many_decode_steps_do_not_leak(shapes):
     assert grown == after.coded_tokens - before.coded_tokens
 
 
-def test_ten_thousand_decode_steps():
+@pytest.mark.parametrize(
+    ("config", "steps", "codes"),
+    [
+        (
+            AnTKVConfig(VQSpec(4, 4), VQSpec(4, 4), window=10, chunk=20),
+            2500,
+            2500 * 2,
+        ),  # a byte for keys and for values
+        # 2 bytes each and 4 for a value's scale and zero; those of 8 channels of keys and where a group starts
+        (AnTKVConfig.preset("ott-2bit", group=32, window=10, chunk=32), 2400, 2400 * 8 + 75 * (4 * 8 + 4)),
+    ],
+    ids=("codebook", "ott-2bit"),
+)
+def test_ten_thousand_decode_steps(config, steps, codes):
     """One small layer: codes grow by what they must, everything else stays, and no Python object is left behind."""
     model = tiny_llama(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)
-    config = AnTKVConfig(VQSpec(4, 4), VQSpec(4, 4), window=10, chunk=20)
-    cache = AnTKVCache(model.config, codebook=random_codebook(model, config))
+    book = random_codebook(model, config) if isinstance(config.key, VQSpec) else None
+    cache = AnTKVCache(model.config, config, book)
     g = torch.Generator().manual_seed(0)
     keys, values, query = (torch.randn(1, 1, 1, 8, generator=g) for _ in range(3))
     ignore, seen = live_pointers(), []
-    for step in range(1, 10_001):
+    for step in range(1, 4 * steps + 1):
         handles = cache.update(keys, values, 0)
         if step % 50 == 0:  # attention over thousands of codes takes most of the time
             torch.nn.functional.scaled_dot_product_attention(query, *handles)
-        if step % 2500 == 0:  # a multiple of the chunk: the tail is as long each time
+        if step % steps == 0:  # a multiple of the chunk: the tail is as long each time
             seen.append((cache.memory_footprint(), live_tensor_bytes(ignore), len(gc.get_objects())))
     for (before, bytes_before, objects_before), (after, bytes_after, objects_after) in pairwise(seen[1:]):
-        assert after.tokens == before.tokens + 2500 and after.coded_tokens == before.coded_tokens + 2500
+        assert after.tokens == before.tokens + steps and after.coded_tokens == before.coded_tokens + steps
         assert (after.window, after.scores, after.sinks) == (before.window, before.scores, before.sinks)
-        assert after.codes - before.codes == 2500 * 2  # a byte for keys and one for values
+        assert after.codes - before.codes == codes
         assert bytes_after - bytes_before == after.total - before.total
         assert objects_after - objects_before < 50
+
+
+def test_two_thousand_steps_of_a_model():
+    """Beside what the footprint counts, a token leaves its id: 8 bytes, by which the next prompt is compared."""
+    model = tiny_llama(
+        num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8, hidden_size=8,
+        intermediate_size=8,
+    )  # fmt: skip
+    config = AnTKVConfig(VQSpec(4, 4), VQSpec(4, 4), window=10, chunk=20)
+    book = random_codebook(model, config)
+    token, seen = torch.tensor([[5]]), []
+    other = AnTKVCache(model.config, codebook=book)
+    for tokens in (token.expand(1, 2000), token):  # places what all caches of the model share, angles too
+        model(tokens, past_key_values=other)
+    cache, ignore = AnTKVCache(model.config, codebook=book), live_pointers()
+    for step in range(1, 2101):
+        model(token, past_key_values=cache)
+        if step % 700 == 0:
+            seen.append(live_tensor_bytes(ignore) - cache.memory_footprint().total)
+    assert cache._guard.length == 2100
+    assert all(after - before <= 10 * 700 for before, after in pairwise(seen)), seen
+    assert seen[-1] - seen[0] >= 8 * 1400 - 8 * 128, "the ids are there, and live_tensor_bytes sees them"
 
 
 def test_tables_are_shared_by_the_caches_of_a_model(shapes):

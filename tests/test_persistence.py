@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import stat
 from dataclasses import replace
@@ -297,6 +299,35 @@ def test_another_model(llama, codebook, path, changes, message):
     assert other.config._attn_implementation != "antkv", "a refused load must not touch the model"
 
 
+def test_a_model_of_another_dtype(llama, codebook, path):
+    """The first forward would refuse it."""
+    cache = AnTKVCache(llama.config, codebook=codebook)
+    llama(ids(20), past_key_values=cache)
+    cache.save(path)
+    other = tiny_llama().bfloat16()
+    with pytest.raises(ValueError, match="filled in torch.float32, but the model is torch.bfloat16: load the model in"):
+        AnTKVCache.load(path, other, codebook)
+    assert other.config._attn_implementation != "antkv"
+
+
+def test_devices_that_are_not_there(llama, codebook, path):
+    AnTKVCache(llama.config, codebook=codebook).save(path)
+    with pytest.raises(ValueError, match="device='xyz' is unknown: give cpu, cuda or cuda:<number>"):
+        AnTKVCache.load(path, codebook=codebook, device="xyz")
+    with pytest.raises(ValueError, match="device='cuda:99', but this PyTorch sees .* GPUs: give cpu"):
+        AnTKVCache.load(path, codebook=codebook, device="cuda:99")
+
+
+def test_pickle_says_what_to_do(llama, codebook):
+    cache = AnTKVCache(llama.config, codebook=codebook)
+    for attempt in (pickle.dumps, copy.copy, lambda cache: torch.save(cache, io.BytesIO())):
+        with pytest.raises(TypeError, match=r"not pickled.*cache.save\(path\) and AnTKVCache.load\(path, model\)"):
+            attempt(cache)
+    llama(ids(40), past_key_values=cache)
+    clone = copy.deepcopy([cache, cache])
+    assert clone[0] is clone[1] is not cache and clone[0]._first is clone[0].layers[0] is not cache._first
+
+
 # -------------------------------------------------------------------- bad files
 def test_bad_paths(llama, codebook, tmp_path):
     cache = AnTKVCache(llama.config, codebook=codebook)
@@ -317,6 +348,7 @@ def test_bad_paths(llama, codebook, tmp_path):
         (lambda h, t: h.pop("layers"), "a field is missing.*layers.*Fill the cache again"),
         (lambda h, t: h["config"].update(wrong=1), "unknown config field 'wrong'"),
         (lambda h, t: h["config"].update(key="d8b8"), "asks for keys d8b8"),
+        (lambda h, t: h["config"].update(window=-1), "cache.*: window=-1 must be at least 1"),
         (lambda h, t: h.update(on_new_prompt="ignore"), "must be 'error' or 'reset'"),
         (lambda h, t: h.update(layers=h["layers"][:2]), "holds 2 layers, but the model has 3: load it with"),
         (lambda h, t: h["layers"][1].update(type="DynamicLayer"), "layer 1 is a DynamicLayer in .*: load it with"),

@@ -83,7 +83,7 @@ def test_source_errors(tmp_path):
 
 def test_hub_and_parquet_need_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"antkv-hf\[data\]"):
+    with pytest.raises(ImportError, match=r"no file or folder 'owner/name'; as a Hub data set .*antkv-hf\[data\]"):
         load_texts("owner/name")
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ImportError, match="a.parquet"):
@@ -154,6 +154,12 @@ def test_parse_source(source, expected):
     assert parse_source(source) == expected
 
 
+def test_a_share_that_is_no_number(tmp_path):
+    (tmp_path / "a.txt").write_text("w1")
+    with pytest.raises(ValueError, match="a.txt=2x: the share after = is a number, e.g. .*a.txt=0.5"):
+        parse_source(f"{tmp_path}/a.txt=2x")
+
+
 def mix(tmp_path, *sources: str) -> TextMix:
     (tmp_path / "low.txt").write_text(words(2, 50, 20))
     (tmp_path / "high.txt").write_text(words(50, 100, 20))
@@ -189,6 +195,8 @@ def test_mix_errors(tmp_path):
         mix_windows(word_tokenizer(), mix(tmp_path, "low.txt", "high.txt"), 16, 200)
     with pytest.raises(ValueError, match="add up to 1.5"):
         mix(tmp_path, "low.txt=1.5", "high.txt")
+    with pytest.raises(ValueError, match="low.txt has 960 tokens .0 windows of 2000.*or lower window to 960 or less"):
+        mix_windows(word_tokenizer(), mix(tmp_path, "low.txt=0.5", "high.txt"), 2000, 2)
     with pytest.raises(ValueError, match="share 0 of"):
         mix(tmp_path, "low.txt=0", "high.txt")
     for nothing in ([], [""], ["  "]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,8 +26,9 @@ from .cli_common import (
     _changed,
     _check_from,
     _check_model_folder,
-    _codebook_place,
+    _check_output,
     _codec,
+    _given_prompt,
     _load_model,
     _mixed_runs,
     _quiet,
@@ -118,12 +118,7 @@ def generate(
     Example: antkv generate smollm2 smollm2-135m-instruct-2bit --prompt "What does a lighthouse keeper do?"
     """
     _quiet()
-    if (prompt is None) == (prompt_file is None):
-        raise ValueError("give either --prompt TEXT or --prompt-file FILE")
-    if prompt is None:
-        prompt = sys.stdin.read() if str(prompt_file) == "-" else Path(str(prompt_file)).read_text(encoding="utf-8")
-    if not prompt.strip():
-        raise ValueError("the prompt is empty: give text with --prompt TEXT or --prompt-file FILE")
+    prompt = _given_prompt(prompt, prompt_file)
     loaded, tokenizer = _load_model(model, device, dtype)
     from .cache.cache import AnTKVCache
 
@@ -253,7 +248,7 @@ def calibrate(
             set=settings, candidate=candidate, sensitivity=sensitivity, sensitivity_windows=sensitivity_windows,
             window=window if finetune else None, samples=samples, base_model=base_model, license=license,
         )  # fmt: skip
-        given = AnTKVCodebook.from_pretrained(_codebook_place(start))
+        given = AnTKVCodebook.from_pretrained(start)
         if max_table_mb is not None:
             given = drop_stages(given, int(max_table_mb * 1e6))
     elif max_table_mb is not None:
@@ -272,6 +267,7 @@ def calibrate(
     for _, config, _ in runs if finetune else ():  # before k-means, which takes minutes
         numbers = Numbers(steps=finetune, tokens=tokens, window=finetune_window)
         numbers.check_text(given.config if given else config, "--finetune-window")
+    _check_output(output, [name for name, *_ in runs] if len(runs) > 1 else [])
     mix, window = TextMix.from_sources(texts), 2048 if window is None else window
     with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(on_cpu(device)) as processes:
         loaded, tokenizer = _load_model(model, device_of(device, processes.local_rank), dtype)
@@ -369,18 +365,19 @@ def inspect(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Folder or Hub id of a model: does it fit, or what could it have?")
+        str | None, typer.Option("--model", help="Folder or Hub id of a model: do they fit, or what could it have?")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repo of a codebook.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a codebook or a saved cache is, whether a codebook fits a model, or what a model could have.
+    """Say what a codebook or a saved cache is, whether it fits a model, or what a model could have.
 
     Of a codebook: model, commit, bits, the tables of each layer, calibration, measured rows, hash.
 
     Examples: antkv inspect smollm2-135m-instruct-1bit; antkv inspect --model MODEL; antkv inspect CACHE_FILE
     """
     _quiet()
+    from .codebook_names import find_codebook
     from .evaluation.inspection import format_cache, format_inspection, inspect_cache, inspect_codebook, inspect_model
 
     if codebook is None and model is None:
@@ -388,11 +385,11 @@ def inspect(
     if model is not None:
         _check_model_folder(model)
     if codebook is not None and Path(codebook).is_file():
-        held = inspect_cache(codebook)
+        held = inspect_cache(codebook, model)
         typer.echo(json.dumps(held, indent=2) if as_json else format_cache(held))
         return
     if codebook is not None:
-        found = inspect_codebook(_codebook_place(codebook), model, revision)
+        found = inspect_codebook(find_codebook(codebook), model, revision)
     else:
         found = inspect_model(str(model))
     typer.echo(json.dumps(found, indent=2) if as_json else format_inspection(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,12 +55,6 @@ def _quiet() -> None:
     warnings.showwarning = lambda message, *args, **kwargs: _say(f"antkv: warning: {message}")
 
 
-def _codebook_place(name: str) -> str:
-    from .demo import find_codebook
-
-    return find_codebook(name)
-
-
 def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None, AnTKVConfig]:
     """Codebook and config of the argument CODEBOOK; a preset that needs no codebook also takes
     ``--set group=64`` and ``--set layer_bits=0-9=4``."""
@@ -67,7 +62,7 @@ def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None,
     from .config import OTT, AnTKVConfig
 
     if not name.startswith(OTT):
-        book = AnTKVCodebook.from_pretrained(_codebook_place(name))
+        book = AnTKVCodebook.from_pretrained(name)
         return book, _changed(book.config, settings)
     groups = [setting for setting in settings or [] if setting.startswith("group=")]
     layers = [setting for setting in settings or [] if setting.startswith("layer_bits=")]
@@ -77,6 +72,28 @@ def _codec(name: str, settings: list[str] | None) -> tuple[AnTKVCodebook | None,
     group = int(groups[-1][6:]) if groups else None
     config = _changed(AnTKVConfig.preset(name, group=group), rest)
     return None, config.with_layer_bits(layers[-1].partition("=")[2], group) if layers else config
+
+
+def _given_prompt(prompt: str | None, file: Path | None) -> str:
+    """The text of ``--prompt`` or ``--prompt-file``."""
+    from .texts import read_utf8
+
+    if (prompt is None) == (file is None):
+        raise ValueError("give either --prompt TEXT or --prompt-file FILE")
+    if file is not None:
+        if str(file) != "-" and not file.is_file():
+            raise FileNotFoundError(f"there is no prompt file {str(file)!r}: give a UTF-8 text file, or - for stdin")
+        prompt = sys.stdin.read() if str(file) == "-" else read_utf8(file)
+    if not prompt or not prompt.strip():
+        raise ValueError("the prompt is empty: give text with --prompt TEXT or --prompt-file FILE")
+    return prompt
+
+
+def _check_output(output: Path, names: list[str]) -> None:
+    """Raises ValueError if `output`, or a folder of `names` within it, cannot be a folder: before hours of work."""
+    for place in (output, *output.parents, *(output / name for name in names)):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"--output {output}: {place} is a file: name a folder to write")
 
 
 def _check_model_folder(name: str) -> None:
@@ -89,9 +106,8 @@ def _check_model_folder(name: str) -> None:
 def _load_model(name: str, device: str, dtype: str):
     """Model in evaluation mode and tokenizer; `name` is a folder, a Hub id or the word smollm2."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .demo_model import WORD, load_demo_model
+    from .demo_model import WORD, load_demo_model, load_model
 
     cuda = torch.cuda.is_available()
     where = torch.device(("cuda" if cuda else "cpu") if device == "auto" else _checked_device(device))
@@ -103,8 +119,8 @@ def _load_model(name: str, device: str, dtype: str):
         _say(f"model: {place}")
         return model.to(where, dtype=None if kind == "auto" else kind), tokenizer
     _check_model_folder(name)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval().to(where), tokenizer
+    model, tokenizer = load_model(name, kind)
+    return model.to(where), tokenizer
 
 
 def _dtype(name: str) -> torch.dtype | None:
@@ -141,8 +157,6 @@ def _changes(settings: list[str] | None) -> dict[str, Any]:
             changes[name] = text
         if name == "skip_layers":
             changes[name] = tuple(changes[name] if isinstance(changes[name], list) else [changes[name]])
-        elif isinstance(fields[name].default, (int, float)) and not isinstance(changes[name], (int, float)):
-            raise ValueError(f"--set {setting!r}: {name} is a number, e.g. {name}={fields[name].default}")
     return changes
 
 

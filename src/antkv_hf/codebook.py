@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .codebook_card import card_content, is_repo_id
+from .codebook_names import find_codebook, shipped_codebooks
 from .codecs import LayerCodec, VectorQuantizer, VQTables
 from .config import AnTKVConfig
 from .hashing import json_sha256, tensors_sha256
@@ -250,14 +251,12 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             token, cache_dir, local_files_only, force_download: see `huggingface_hub.hf_hub_download`.
 
         Raises:
-            FileNotFoundError: no such folder, repo or revision, or a file of it is missing.
+            FileNotFoundError: no such folder, repo or revision, a file of it is missing, or the name of a preset.
             PermissionError: the repo is gated.
             ValueError: see `from_files`.
         """
         model_id = str(name_or_path)
-        folder = (
-            Path(name_or_path) if Path(name_or_path).is_dir() else shipped_codebooks().get(model_id, Path(model_id))
-        )
+        folder = Path(find_codebook(model_id))
         if folder.is_dir():
             paths = [folder / CONFIG_FILE, folder / TABLES_FILE]
             for path in paths:
@@ -301,7 +300,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
             ) from error
         if version not in _READS:
             raise ValueError(
-                f"{config_path}: format_version {version} is not known (this antkv-hf reads "
+                f"{config_path}: format_version {version!r} is not known (this antkv-hf reads "
                 f"{_READS[0]} to {_READS[-1]}); upgrade antkv-hf or calibrate again"
             )
         if unknown := sorted(set(data) - _CONFIG_FIELDS):
@@ -309,6 +308,8 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         try:
             expected, size = data["tables"]["sha256"], data["tables"]["bytes"]
             model, config = data["model"], AnTKVConfig.from_dict(data["antkv"])
+        except ValueError as error:
+            raise ValueError(f"{config_path}: {error}") from error
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{config_path}: a field is missing or of the wrong kind: {error!r}. Download or make it again"
@@ -331,6 +332,8 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                 grouped.setdefault(int(layer), {}).setdefault(role, {})[part] = tensor
             tables = {i: (VQTables(**g["key"]), VQTables(**g["value"])) for i, g in grouped.items()}
             codebook = cls(config, tables, model, data.get("calibration"), data.get("evaluation"))
+        except ValueError as error:
+            raise ValueError(f"{tables_path}: {error}") from error
         except (SafetensorError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{tables_path} does not hold the tables of a codebook: {error!r}. Download or make it again"
@@ -343,13 +346,6 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
                     "download it again (defaults can be changed where a cache is made: from_pretrained(..., window=64))"
                 )
         return codebook
-
-
-def shipped_codebooks() -> dict[str, Path]:
-    """Codebooks that come with the package, by name: in ``codebooks/`` of a checkout, else packaged with the wheel."""
-    package = Path(__file__).resolve().parent
-    places = (package / "codebooks", package.parents[1] / "codebooks")
-    return {p.parent.name: p.parent for place in places for p in sorted(place.glob("*/config.json"))}
 
 
 def describe_model(text_config, base_model: str | None = None) -> dict[str, Any]:

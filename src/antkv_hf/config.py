@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from .specs import (
     ScalarSpec,
     SpecPair,
     VQSpec,
+    check_numbers,
     describe_layers,
     parse_layer_bits,
     parse_spec,
@@ -69,6 +71,7 @@ class AnchorConfig:
     max_tokens: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.max_tokens < 0:
             raise ValueError(f"max_tokens={self.max_tokens} must not be negative (0 keeps the anchors of every chunk)")
         if self.query_stride < 1:
@@ -91,7 +94,7 @@ class AnTKVConfig:
 
     Args:
         key, value: codec specs, separately choosable: two `VQSpec` (a codebook is needed), two `ScalarSpec` (none is),
-            or two None for the identity codec (nothing is quantized; for tests).
+            or two None for the identity codec (nothing is quantized; for tests). Text such as ``"d8b8"`` is read.
         anchors: which tokens stay exact, and how.
         window: most recent tokens that always stay exact, >= 1 (default 128).
         chunk: tokens that are encoded at a time and share an anchor budget (default 128); a multiple of a scalar
@@ -114,6 +117,11 @@ class AnTKVConfig:
     layer_specs: Mapping[int, SpecPair] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in ("key", "value"):
+            object.__setattr__(self, name, _spec(name, getattr(self, name)))
+        if not isinstance(self.anchors, AnchorConfig):
+            raise ValueError(f"anchors={self.anchors!r} must be an AnchorConfig, e.g. AnchorConfig(fraction=0.02)")
         if (self.key is None) != (self.value is None):
             raise ValueError(
                 f"keys {self.key} and values {self.value}: key and value must both have a codec spec, or both be None "
@@ -131,7 +139,8 @@ class AnTKVConfig:
             )
         if self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} must be at least 1 token (default 128)")
-        for key in (self.key, *(pair[0] for pair in self._checked_layer_specs())):
+        object.__setattr__(self, "layer_specs", self._checked_layer_specs())
+        for key in (self.key, *(pair[0] for pair in self.layer_specs.values())):
             if isinstance(key, ScalarSpec) and self.chunk % key.group:
                 raise ValueError(
                     f"chunk={self.chunk} is not a multiple of the {key.group} tokens whose keys share a scale: choose "
@@ -141,23 +150,25 @@ class AnTKVConfig:
             raise ValueError(f"rope mode {self.rope!r} is unknown; choose one of {ROPE_MODES}")
         if self.rope == "block":
             raise ValueError("rope='block' is reserved for a later format and cannot be used yet; use rope='pre'")
-        if any(i < 0 for i in self.skip_layers):
-            raise ValueError(f"skip_layers {self.skip_layers} holds a negative layer index; count layers from 0")
-        object.__setattr__(self, "skip_layers", tuple(sorted(set(self.skip_layers))))
-        object.__setattr__(self, "layer_specs", dict(sorted(self.layer_specs.items())))
+        object.__setattr__(self, "skip_layers", _layer_numbers(self.skip_layers))
 
-    def _checked_layer_specs(self) -> Iterable[SpecPair]:
+    def _checked_layer_specs(self) -> dict[int, SpecPair]:
+        if not isinstance(self.layer_specs, Mapping):
+            raise ValueError(f"layer_specs={self.layer_specs!r} must be {{layer: (key spec, value spec)}}")
+        checked: dict[int, SpecPair] = {}
         for layer, pair in self.layer_specs.items():
             if not isinstance(layer, int) or layer < 0:
                 raise ValueError(f"layer_specs names layer {layer!r}; count layers from 0")
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise ValueError(f"layer_specs of layer {layer} is {pair!r}; give a pair (key spec, value spec)")
-            if other := [spec for spec in pair if self.key is None or type(spec) is not type(self.key)]:
+            specs = [_spec(f"layer_specs[{layer}]", spec) for spec in pair]
+            if other := [spec for spec in specs if self.key is None or type(spec) is not type(self.key)]:
                 raise ValueError(
                     f"layer_specs of layer {layer} holds {other[0]}, but the other layers have "
                     f"{'the identity codec' if self.key is None else self.key}: all layers have specs of one kind"
                 )
-        return self.layer_specs.values()
+            checked[layer] = (specs[0], specs[1])  # type: ignore[assignment]  # None is of no kind
+        return dict(sorted(checked.items()))
 
     @property
     def is_identity(self) -> bool:
@@ -235,22 +246,25 @@ class AnTKVConfig:
             key, value: other bits (or a spec such as ``"d16b8s2"`` or ``"int4g64"``) for keys or values alone.
             group: elements that share a scale, 32, 64 or 128, of the ``ott-`` presets only; by default 64, and 32 for
                 2-bit keys.
-            overrides: any other field of the config, e.g. ``window=64``.
+            overrides: any other field of the config, as `replace` takes them, e.g. ``window=64``,
+                ``anchor_fraction=0.01``.
 
         Raises:
-            ValueError: for bits or a group that do not exist; the message lists those that do.
+            ValueError: for bits, a group or a field that do not exist; the message lists those that do.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"preset {name!r} must be a name, e.g. AnTKVConfig.preset('{name}bit')")
         if name.startswith(OTT):
             bits = [name.removeprefix(OTT) if own is None else own for own in (key, value)]
             scalar = [scalar_spec_for(b, group, role) for b, role in zip(bits, ("key", "value"))]
             anchors = AnchorConfig(fraction=OUTLIERS, max_tokens=OUTLIER_POOL)
-            return cls(key=scalar[0], value=scalar[1], **{"anchors": anchors, **overrides})
+            return cls(key=scalar[0], value=scalar[1], anchors=anchors).replace(**overrides)
         if group is not None:
             raise ValueError(f"group={group} belongs to the presets ott-2bit and ott-4bit, not to {name!r}")
         if name == "identity":
-            return cls(key=None, value=None, **{"anchors": AnchorConfig(score="none", sinks=0), **overrides})
+            return cls(key=None, value=None, anchors=AnchorConfig(score="none", sinks=0)).replace(**overrides)
         specs = [name if bits is None else bits for bits in (key, value)]
-        return cls(key=spec_for(specs[0]), value=spec_for(specs[1]), **overrides)
+        return cls(key=spec_for(specs[0]), value=spec_for(specs[1])).replace(**overrides)
 
     @classmethod
     def fit(cls, model_config: Any, tokens: int, bytes: int | str, batch: int = 1, **options: Any) -> AnTKVConfig:
@@ -278,14 +292,9 @@ class AnTKVConfig:
         """Inverse of `to_dict`. Raises ValueError naming any field it does not know."""
         _check_fields(cls, data)
         data = dict(data)
-        for name in ("key", "value"):
-            if isinstance(data.get(name), str):
-                data[name] = parse_spec(data[name])
         if isinstance(data.get("anchors"), dict):
             _check_fields(AnchorConfig, data["anchors"])
             data["anchors"] = AnchorConfig(**data["anchors"])
-        if "skip_layers" in data:
-            data["skip_layers"] = tuple(data["skip_layers"])
         if "layer_specs" in data:
             data["layer_specs"] = _layer_specs(data["layer_specs"])
         return cls(**data)
@@ -298,6 +307,34 @@ class AnTKVConfig:
         if anchor_changes:
             changes["anchors"] = dataclasses.replace(changes.get("anchors", self.anchors), **anchor_changes)
         return dataclasses.replace(self, **changes)
+
+
+def check_config(config: Any) -> None:
+    """Raises TypeError, saying how one is made, unless `config` is an `AnTKVConfig` or None."""
+    if isinstance(config, str):
+        raise TypeError(f"config={config!r} is text: give AnTKVConfig.preset({config!r})")
+    if config is not None and not isinstance(config, AnTKVConfig):
+        raise TypeError(f"config is of type {type(config).__name__}: give one such as AnTKVConfig.preset('ott-2bit')")
+
+
+def _spec(name: str, spec: Any) -> VQSpec | ScalarSpec | None:
+    """`spec`, read if it is text; ValueError if it is none."""
+    if isinstance(spec, str):
+        return parse_spec(spec)
+    if spec is not None and not isinstance(spec, (VQSpec, ScalarSpec)):
+        raise ValueError(f"{name}={spec!r} must be a codec spec, e.g. VQSpec.parse('d8b8'), or None")
+    return spec
+
+
+def _layer_numbers(layers: Any) -> tuple[int, ...]:
+    """`skip_layers` sorted, each once; ValueError for anything but layer numbers."""
+    try:
+        found = sorted({operator.index(layer) for layer in layers})
+    except TypeError as error:
+        raise ValueError(f"skip_layers={layers!r} must be layer numbers, e.g. [0, 1]") from error
+    if found and found[0] < 0:
+        raise ValueError(f"skip_layers {layers} holds a negative layer index; count layers from 0")
+    return tuple(found)
 
 
 def _layer_specs(data: Any) -> dict[int, SpecPair]:

@@ -20,38 +20,14 @@ from transformers.cache_utils import Cache
 from .cache.cache import AnTKVCache
 from .cache.footprint import MemoryFootprint
 from .cache.layer import AnTKVLayer
-from .codebook import AnTKVCodebook, shipped_codebooks
-from .config import OTT
+from .codebook import AnTKVCodebook
+from .codebook_names import find_codebook
 from .demo_model import load_demo_model
 from .demo_text import HANDBOOK, QUESTIONS
 from .evaluation.baselines import tensor_bytes
 from .evaluation.perplexity import evaluate
 
-CODEBOOK = "smollm2-135m-instruct-1bit"
 LONG = 8192  # tokens of the cache that shows what remains of the window when the text is long
-
-
-def find_codebook(name: str = CODEBOOK) -> str:
-    """Folder of a codebook that ships with the project.
-
-    A folder or Hub repo id given as `name` is returned as it is.
-
-    Raises:
-        FileNotFoundError: naming what there is.
-    """
-    if Path(name).is_dir() or "/" in name:
-        return name
-    shipped = shipped_codebooks()
-    if name in shipped:
-        return str(shipped[name])
-    if name.startswith(OTT):
-        raise FileNotFoundError(
-            f"{name!r} is a preset that needs no codebook: AnTKVConfig.preset({name!r}) describes it"
-        )
-    raise FileNotFoundError(
-        f"no codebook {name!r}: it is no folder, no Hub repo id (owner/name) and not shipped "
-        f"({', '.join(shipped) or 'none are'}); make one with `antkv calibrate`"
-    )
 
 
 def run_demo(
@@ -81,12 +57,12 @@ def run_demo(
     """
     start = time.perf_counter()
     where = "the model given"
-    if model is None:
-        say("Loading SmolLM2-135M-Instruct ...")
-        model, tokenizer, where = load_demo_model()
     if not isinstance(codebook, AnTKVCodebook):
         codebook = AnTKVCodebook.from_pretrained(str(codebook or find_codebook()))
     book = codebook
+    if model is None:
+        say("Loading SmolLM2-135M-Instruct ...")
+        model, tokenizer, where = load_demo_model()
     device = model.device
     before = model.config._attn_implementation
     answers: dict[str, list[str]] = {"dynamic": [], "antkv": []}

@@ -6,11 +6,13 @@ safetensors in ``$ANTKV_CACHE`` (default ``~/.cache/antkv-hf``), from where it l
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,37 @@ END_OF_TURN = "<|im_end|>"
 _PROBE_SECONDS = 3.0
 
 
-def load_model(name: str = WORD, dtype: torch.dtype = torch.float32, **options: Any):
+def load_model(name: str = WORD, dtype: torch.dtype | str = torch.float32, **options: Any):
     """Model in evaluation mode and tokenizer: `load_demo_model` for the word ``smollm2``, else a folder or Hub id.
 
     Args:
+        dtype: of the weights; ``"auto"`` is the model's own.
         options: for ``AutoModelForCausalLM.from_pretrained``, e.g. ``device_map="auto"``.
 
     Raises:
-        FileNotFoundError, ImportError: as `load_demo_model`. OSError: transformers finds no such model.
+        FileNotFoundError, ImportError: as `load_demo_model`. OSError, ValueError: transformers finds no such model; the
+            message names it.
     """
-    return load_demo_model(dtype, **options)[:2] if name == WORD else _load(name, dtype, options)
+    if name == WORD:
+        return load_demo_model(dtype, **options)[:2]
+    with naming(name):
+        return _load(name, dtype, options)
 
 
-def load_demo_model(dtype: torch.dtype = torch.float32, **options: Any):
+@contextlib.contextmanager
+def naming(model: str) -> Iterator[None]:
+    """Names the model in what transformers raises where it cannot be loaded, and says what to give."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(
+            f"model {model!r} cannot be loaded: {error}; give a folder with config.json, tokenizer and weights, or a "
+            "Hub id such as owner/name"
+        ) from error
+
+
+def load_demo_model(dtype: torch.dtype | str = torch.float32, **options: Any):
     """SmolLM2-135M-Instruct on the CPU, from the first place that has it.
 
     In order: the Hub's local cache, our own cache, the Hub (if it answers within 3 seconds and HF_HUB_OFFLINE is not
@@ -68,12 +88,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ANTKV_CACHE") or Path.home() / ".cache" / "antkv-hf")
 
 
-def _load(source: str, dtype: torch.dtype, options: dict[str, Any], **hub: Any):
+def _load(source: str, dtype: torch.dtype | str, options: dict[str, Any], **hub: Any):
     tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **hub, **options).eval(), tokenizer
 
 
-def _load_demo(source: str, dtype: torch.dtype, options: dict[str, Any], **hub: Any):
+def _load_demo(source: str, dtype: torch.dtype | str, options: dict[str, Any], **hub: Any):
     model, tokenizer = _load(source, dtype, options, **hub)
     # Codebooks name their model by this: the repo, not a folder of this machine.
     model.config._name_or_path = REPO

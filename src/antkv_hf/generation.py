@@ -12,10 +12,11 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from . import graphs
 from .cache.cache import AnTKVCache
-from .cache.prompt_guard import locals_above
+from .cache.prompt_guard import check_generate, locals_above
 from .codebook import AnTKVCodebook
 from .compiled_mlps import compile_options
-from .config import AnTKVConfig
+from .config import AnTKVConfig, check_config
+from .specs import whole_number
 from .static_storage import size_obstacle
 
 _STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # one token a sequence and step, nothing reordered
@@ -51,10 +52,15 @@ def antkv_generate(
             differ. Where it cannot be done, a warning says why.
 
     Raises:
+        ValueError: when it is called: `past_key_values` is a cache of another kind, ``use_cache=False``, or the model
+            is an encoder-decoder.
         RuntimeError: ``cuda_graphs=True`` and steps cannot be replayed, or MLPs not compiled; the message says why.
         TypeError, ValueError: `compile_mlps` is neither a bool nor arguments that work within a captured step, or
-            asked for with ``cuda_graphs=False``.
+            asked for with ``cuda_graphs=False``; another argument is of another kind.
     """
+    check_config(config)
+    if max_length is not None:
+        whole_number("max_length", max_length, 4096)
     options = compile_options(compile_mlps)
     if options is not None and cuda_graphs is False:
         raise ValueError("compile_mlps compiles for replayed steps, but cuda_graphs=False: leave one of them out")
@@ -79,6 +85,12 @@ def antkv_generate(
             unusable = "switched off" if cuda_graphs is False else _no_gpu(model)
         # generate() has made a cache of its own by now unless the user gave one: an empty one, replaced here.
         cache = model_kwargs.get("past_key_values")
+        check_generate(generation_config.use_cache, 0, bool(getattr(model.config, "is_encoder_decoder", False)))
+        if cache is not None and getattr(cache, "_is_user_defined", False) and not isinstance(cache, AnTKVCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__} of {cache.get_seq_length()} tokens, which antkv_generate "
+                "would replace by a cache of its own: leave it out, give an AnTKVCache, or leave custom_generate out"
+            )
         if not isinstance(cache, AnTKVCache):
             kept = config or getattr(codebook, "config", None)
             if unusable is None and kept is not None:

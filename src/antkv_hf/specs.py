@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 CODE_BITS = (4, 6, 8, 10, 12)
 MOST_LAYERS = 10_000  # that any model has
 SCALAR_BITS, SCALAR_GROUPS = (2, 4), (32, 64, 128)
+
+
+def whole_number(name: str, value: Any, example: int) -> int:
+    """`value` as an int. Raises ValueError, naming it and an `example`, if it is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name}={value!r} must be a whole number, e.g. {name}={example}")
+    return int(value)
+
+
+def check_numbers(made: Any) -> None:
+    """Raises ValueError, naming field and value, if a dataclass has no number where its default is one."""
+    for field in dataclasses.fields(made):
+        value = getattr(made, field.name)
+        if type(field.default) is int:
+            object.__setattr__(made, field.name, whole_number(field.name, value, field.default))
+        elif type(field.default) is float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+            raise ValueError(f"{field.name}={value!r} must be a number, e.g. {field.name}={field.default}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,7 @@ class VQSpec:
     stages: int = 1
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.sub_dim < 1:
             raise ValueError(f"sub_dim={self.sub_dim} must be at least 1: it is the number of channels in a sub-vector")
         if self.code_bits not in CODE_BITS:
@@ -113,6 +133,7 @@ class ScalarSpec:
     group: int = 32
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.bits not in SCALAR_BITS:
             raise ValueError(f"{self.bits}-bit scalar codes do not exist; choose one of {SCALAR_BITS}")
         if self.group not in SCALAR_GROUPS:

@@ -56,6 +56,14 @@ def load_texts(source: str) -> list[str]:
     return texts
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file. Raises ValueError, naming it and the byte, if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or give another") from error
+
+
 def detokenize_wikitext(text: str) -> str:
     """Undoes WikiText's tokenisation marks, so that a model sees prose as it was written.
 
@@ -92,10 +100,7 @@ def _file_texts(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return [_row_text(row, f"{path}, row {i}") for i, row in enumerate(_datasets("parquet", str(path)))]
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or leave it out") from error
+    content = read_utf8(path)
     if suffix == ".jsonl":
         return [_line_text(line, f"{path}, line {i}") for i, line in enumerate(content.split("\n"), 1) if line.strip()]
     if suffix == ".tokens" or (" @-@ " in content and "<unk>" in content):
@@ -148,7 +153,8 @@ def _datasets(name: str, file: str | None, config: str | None = None, split: str
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"reading {file or name} needs the `datasets` package: pip install 'antkv-hf[data]'"
+            ("" if file else f"there is no file or folder {name!r}; as a Hub data set ")
+            + f"{file or name} needs the `datasets` package: pip install 'antkv-hf[data]'"
         ) from error
     files = {} if file is None else {"data_files": file}
     return load_dataset(name, config, split=split, streaming=True, **files)
@@ -280,13 +286,15 @@ class TextMix:
 
 def parse_source(source: str) -> tuple[str, float | None]:
     """``"path=0.5"`` -> (path, 0.5); without a share (path, None)."""
-    match = re.fullmatch(r"(.+)=([-+.\deE]+)", source)
+    match = re.fullmatch(r"(.+)=([^=/]+)", source)
     if not match or Path(source).exists():
         return source, None
     try:
         share = float(match[2])
-    except ValueError:
-        return source, None
+    except ValueError as error:
+        if not Path(match[1]).expanduser().exists():
+            return source, None
+        raise ValueError(f"{source}: the share after = is a number, e.g. {match[1]}=0.5") from error
     if not 0 < share < float("inf"):
         raise ValueError(f"share {match[2]} of {match[1]} must be positive")
     return match[1], share
@@ -322,10 +330,12 @@ def mix_windows(tokenizer, mix: TextMix | Sequence[str], window: int, count: int
         order = torch.randperm(len(pieces), generator=generator).tolist()
         ids = _token_ids(tokenizer, (pieces[i] for i in order), part * window)
         if len(ids) < part * window:
+            less = f"fewer tokens ({int(len(ids) // window * window / domain.share):,} would do for this one)"
+            if len(ids) < window:
+                less = f"lower window to {len(ids)} or less"
             raise ValueError(
                 f"{domain.name} has {len(ids):,} tokens ({len(ids) // window} windows of {window}), but its share of "
-                f"{domain.share:.0%} needs {part * window:,}: give more text, a smaller share, or fewer tokens "
-                f"({int(len(ids) // window * window / domain.share):,} would do for this one)"
+                f"{domain.share:.0%} needs {part * window:,}: give more text, a smaller share, or {less}"
             )
         windows.append(torch.tensor(ids[: part * window], dtype=torch.int64).view(part, window))
     return _begun(tokenizer, torch.cat(windows)[torch.randperm(count, generator=generator)])

@@ -59,7 +59,8 @@ def attend(
         if mask.shape[-1] != past.length:
             raise ValueError(
                 f"the attention mask covers {mask.shape[-1]} keys, but the cache holds {past.length}: give a mask "
-                "over all of them, new ones included, or none"
+                "over all of them, new ones included, or none; this call's are in some layers now, so then call "
+                "cache.reset() first"
             )
     q_len = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -15,8 +15,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..anchors import anchors_per_chunk, get_score
-from ..codebook import AnTKVCodebook, describe_model, shipped_codebooks
+from ..codebook import AnTKVCodebook, describe_model
+from ..codebook_names import shipped_codebooks
 from ..config import OTT, SCALAR_BITS, AnTKVConfig, ScalarSpec, VQSpec
+from ..specs import whole_number
 from .footprint import MemoryFootprint
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -63,9 +65,7 @@ def _cache_bytes(
     layers: list[int | None],
 ) -> MemoryFootprint:  # fmt: skip
     """`cache_bytes`, with what `_cache_layers` says."""
-    for name, number in (("tokens", tokens), ("batch", batch)):
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
+    _check_counts(tokens, batch)
     text = model_config.get_text_config(decoder=True)
     facts = describe_model(text)
     heads, key_dim, value_dim = (facts[name] for name in ("kv_heads", "head_dim", "value_dim"))
@@ -107,6 +107,12 @@ def _cache_bytes(
     )  # fmt: skip
 
 
+def _check_counts(tokens: int, batch: int) -> None:
+    for name, number, example in (("tokens", tokens, 131072), ("batch", batch, 1)):
+        if whole_number(name, number, example) < 1:
+            raise ValueError(f"{name}={number} must be at least 1")
+
+
 def most_bytes(
     model_config: PreTrainedConfig, config: AnTKVConfig, tokens: int, batch: int = 1, dtype: torch.dtype | None = None
 ) -> MemoryFootprint:
@@ -115,6 +121,7 @@ def most_bytes(
 
 
 def _most_bytes(model_config, config: AnTKVConfig, tokens: int, batch: int, dtype, layers) -> MemoryFootprint:
+    _check_counts(tokens, batch)
     full = config.window + config.chunk - 1  # the longest tail
     longest = tokens - (tokens - full) % config.chunk if tokens >= full else tokens
     found = [_cache_bytes(model_config, config, n, batch, dtype, layers) for n in {tokens, longest}]
@@ -183,6 +190,8 @@ def choices(
     """
     if tokens is None and bytes is None:
         raise ValueError("give a number of tokens, or of bytes")
+    if isinstance(among, str):
+        raise ValueError(f"among={among!r} is one name: give a list, among=[{among!r}]")
     named = [_named(item) for item in among] if among is not None else _for_model(model_config)
     if not named:
         raise ValueError("there is nothing to choose among: name presets or codebooks, e.g. 2bit or ott-4bit")
@@ -319,6 +328,8 @@ def _named(item: str | Path | AnTKVConfig) -> _Named:
         return None, item, None
     if isinstance(item, str) and re.fullmatch(rf"identity|({OTT})?[\d.]+bit", item):
         return item, AnTKVConfig.preset(item), None
+    if not isinstance(item, (str, Path)):
+        raise ValueError(f"among holds {item!r}: give presets, codebooks or configs, e.g. among=['2bit', 'ott-4bit']")
     book = AnTKVCodebook.from_pretrained(item)
     return str(item), book.config, book
 

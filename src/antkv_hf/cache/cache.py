@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from ..anchors import get_score
 from ..attention.backends import select_backend
 from ..codebook import AnTKVCodebook, describe_model
-from ..codecs import CodecForDevice, IdentityCodec, LayerCodec, scalar_codecs
-from ..config import AnTKVConfig, ScalarSpec, VQSpec
+from ..config import AnTKVConfig, VQSpec, check_config
+from ..specs import whole_number
 from ..static_storage import size_obstacle
 from ..tensor_parallel import check_heads, tp_size
 from . import budget, interface, persistence
+from .build import cache_layers, check_arguments, check_model
 from .footprint import MemoryFootprint
-from .layer import AnTKVLayer, LayerPlan, check_layer_numbers, layers_kept_as_they_are, quantizable_layers
-from .model_rotary import model_rotary
-from .prompt_guard import PromptGuard, forward_input_ids, generate_input_ids
+from .layer import AnTKVLayer, checked_rows
+from .prompt_guard import (
+    PromptGuard,
+    check_generate,
+    forward_input_ids,
+    generate_input_ids,
+    generate_use_cache,
+)
 
 
 class AnTKVCache(Cache):
@@ -42,14 +46,15 @@ class AnTKVCache(Cache):
             lengths are on the device too, and `antkv_generate` can run decode steps as CUDA graphs. None: the cache
             grows as it must. The batch keeps its size. Not with scalar codes or ``anchors.max_tokens``.
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
-            (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are compared.
+            (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are
+            compared; at least one must be new.
 
         device_mesh: the model's, where tensor parallelism shares its kv heads among some of the processes only;
             without it, among all of them. Tables and codes of a process are those of its heads.
 
     Raises:
         ValueError: codebook of another model, specs that differ, MLA, offloading, no layer to quantize; the message
-            names the numbers and the way out.
+            names the numbers and the way out. TypeError: an argument of another kind; it says how to make one.
 
     Example:
         >>> cache = AnTKVCache.from_pretrained("codebooks/smollm2-135m-instruct-1bit")
@@ -75,10 +80,9 @@ class AnTKVCache(Cache):
             )
         if on_new_prompt not in ("error", "reset"):
             raise ValueError(f"on_new_prompt={on_new_prompt!r} must be 'error' or 'reset'")
-        if max_length is not None and max_length < 1:
+        check_arguments(model_config, config, codebook)
+        if max_length is not None and whole_number("max_length", max_length, 4096) < 1:
             raise ValueError(f"max_length={max_length} must be at least 1 token, or None for a cache that grows")
-        if isinstance(config, AnTKVCodebook):
-            raise TypeError("the second argument is an AnTKVConfig; pass the codebook as AnTKVCache(..., codebook=...)")
         config = config or (codebook.config if codebook is not None else None)
         if config is None:
             raise ValueError("give a codebook (AnTKVCache.from_pretrained(...)) or a config: there is nothing to go by")
@@ -88,10 +92,11 @@ class AnTKVCache(Cache):
         self.tp_size = tp_size(model_config, device_mesh)
         if self.tp_size > 1:
             check_heads(text, describe_model(text)["kv_heads"], self.tp_size)
-        layers = _layers(model_config, text, config, codebook, max_length, device_mesh)
+        layers = cache_layers(model_config, text, config, codebook, max_length, device_mesh)
         self.antkv_config, self.codebook, self.on_new_prompt = config, codebook, on_new_prompt
         self.max_length = max_length
         self._text_config = text  # what `save` tells of the model
+        self._encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
         self._guard = PromptGuard()
         super().__init__(layers=layers)
         self._first = self.quantized_layers[0]
@@ -117,6 +122,8 @@ class AnTKVCache(Cache):
             changes: fields of the config to change, e.g. ``window=64, anchor_fraction=0.01``; or arguments of
                 `AnTKVCodebook.from_pretrained` (revision, token, cache_dir, local_files_only, force_download).
         """
+        check_config(config)
+        check_model(model)
         hub = {k: changes.pop(k) for k in AnTKVCodebook.HUB_ARGUMENTS if k in changes}
         codebook = AnTKVCodebook.from_pretrained(name_or_path, **hub)
         config = (config or codebook.config).replace(**changes)
@@ -144,6 +151,7 @@ class AnTKVCache(Cache):
             ValueError: none fits: the message names the bytes that are missing, and the tokens that would fit; a
                 codebook of another model, or a preset or config that needs one. The model is left as it was.
         """
+        check_model(model, "for a config there is AnTKVConfig.fit(model.config, ...)")
         found = budget.choices(model.config, tokens, None, batch, among, model.dtype)
         for choice in found:
             if isinstance(choice.config.key, VQSpec) and choice.codebook is None:
@@ -170,6 +178,17 @@ class AnTKVCache(Cache):
         """
         return copy.deepcopy(self)
 
+    def __deepcopy__(self, memo: dict) -> AnTKVCache:
+        clone = memo[id(self)] = object.__new__(type(self))
+        clone.__dict__.update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "an AnTKVCache is not pickled, nor copied without its layers: cache.save(path) and "
+            "AnTKVCache.load(path, model), or cache.fork()"
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes the cache to one file, to go on from there in another process: see `load`.
 
@@ -194,20 +213,24 @@ class AnTKVCache(Cache):
         codebook: AnTKVCodebook | str | Path | None = None,
         device: torch.device | str | None = None,
     ) -> AnTKVCache:
-        """The cache that `save` wrote, as it was: the next tokens are those that it would have given.
+        """The cache that `save` wrote: the next tokens are those that it would have given.
+
+        A cache made with `max_length` comes back as one that grows.
 
         Args:
-            model: the model that will go on, checked to have the sizes of the one that filled the cache (its weights
-                are not); the fast lane is switched on as in `from_pretrained`. Layers go where the model computes them.
+            model: the model that will go on, checked to have the sizes of the one that filled the cache, and its dtype
+                (its weights are not); the fast lane is switched on as in `from_pretrained`. Layers go where the model
+                computes them.
             codebook: the codebook that the cache was made with, or where it is now; by default it is loaded from where
                 it came from then.
             device: where all layers go instead (without a model: the CPU). Buffers keep their dtype.
 
         Raises:
             FileNotFoundError: the file or its codebook is not there.
-            ValueError: damaged or changed file, unknown format_version, another codebook or model, or a model whose
-                heads are shared by tensor-parallel processes.
+            ValueError: damaged or changed file, unknown format_version, another codebook or model, a device that is
+                not there, or a model whose heads are shared by tensor-parallel processes.
         """
+        check_model(model, "a codebook is given as AnTKVCache.load(path, model, codebook=...)")
         return persistence.load_cache(cls, path, model, codebook, device)
 
     @property
@@ -228,8 +251,9 @@ class AnTKVCache(Cache):
         return {index: storage.backend.name for index, storage in filled.items() if storage is not None}
 
     def memory_footprint(self) -> MemoryFootprint:
-        """Bytes that the cache takes, all counted, and bits per element; see `MemoryFootprint`.
+        """Bytes that the cache takes and bits per element; see `MemoryFootprint`.
 
+        Every buffer of keys and values is counted; not the ids of the tokens that were read, 8 bytes each on the CPU.
         Under tensor parallelism: those of this process, which holds its share of the heads.
         """
         sizes: Counter[str] = Counter(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0, reserved=0)
@@ -269,17 +293,39 @@ class AnTKVCache(Cache):
         return sum(int((tokens.positions >= 0).sum()) for tokens in exact)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        if layer_idx >= len(self.layers):
-            raise ValueError(
-                f"layer_idx {layer_idx} is beyond the {len(self.layers)} layers of this cache: it was made for another "
-                "model; make one with AnTKVCache(model.config, ...)"
-            )
-        if self.layers[layer_idx] is not self._first:
+        first = self._first.plan.layer_idx
+        if not 0 <= layer_idx < len(self.layers):
+            self._refuse_layer(layer_idx, key_states.shape[2])
+        if layer_idx < first:  # it would take what the first quantized one refuses
+            self._first.check(key_states, value_states, _held(self.layers[layer_idx]))
+        if layer_idx != first:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         start = self._first.get_seq_length()
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._guard.read(forward_input_ids(key_states.shape[0], key_states.shape[2]), start)
         return out
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        # asked before any layer runs: the model's own code would trip over no token at all
+        self._first.require_room(query_length)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> torch.Tensor:
+        """Of linear attention layers in hybrids."""
+        if layer_idx < self._first.plan.layer_idx:
+            self._first.check_batch(conv_states)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def _refuse_layer(self, layer_idx: int, tokens: int) -> NoReturn:
+        """Raises ValueError for a layer that is not there; a cache that holds nothing but these tokens is emptied."""
+        if self.get_seq_length() == tokens:
+            self.reset()
+        held = self.get_seq_length()
+        raise ValueError(
+            f"layer_idx {layer_idx} is beyond the {len(self.layers)} layers of this cache: it was made for another "
+            "model; make one with AnTKVCache(model.config, ...)"
+            + (f". Of the {held} tokens of this one, {tokens} may be that model's: call cache.reset()" if held else "")
+        )
 
     def reset(self) -> None:
         """Forgets everything; the cache can then take another prompt."""
@@ -298,16 +344,20 @@ class AnTKVCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the batch for beam search."""
+        picked = checked_rows("reorder_cache", beam_idx, self._first.batch_size)
         super().reorder_cache(beam_idx)
-        self._guard.map_batch(lambda ids: ids.index_select(0, beam_idx.cpu()))
+        self._guard.map_batch(lambda ids: ids.index_select(0, picked))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        if whole_number("repeats", repeats, 2) < 1:
+            raise ValueError(f"repeats={repeats} must be at least 1; to forget everything call cache.reset()")
         super().batch_repeat_interleave(repeats)
         self._guard.map_batch(lambda ids: ids.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        picked = checked_rows("batch_select_indices", indices, self._first.batch_size)
         super().batch_select_indices(indices)
-        self._guard.map_batch(lambda ids: ids[indices.cpu(), ...])
+        self._guard.map_batch(lambda ids: ids[picked, ...])
 
     def activate_past_recording(self) -> None:
         for layer in self.layers:
@@ -321,13 +371,10 @@ class AnTKVCache(Cache):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         """`generate` sets this at its start: the moment to notice a prompt that the cache does not hold."""
-        self.__dict__["_user_defined"] = value
-        for layer in self.quantized_layers:  # assisted decoding switches it on again; others never call crop
-            layer.record_past = False
+        if value:
+            check_generate(generate_use_cache(), self.get_seq_length(), self._encoder_decoder)
         ids = generate_input_ids() if value else None
-        if ids is None:
-            return
-        why = self._guard.mismatch(ids, self.get_seq_length())
+        why = None if ids is None else self._guard.mismatch(ids, self.get_seq_length())
         if why is not None and self.on_new_prompt == "error":
             raise ValueError(
                 f"this AnTKVCache cannot continue the prompt: {why}. Call cache.reset() first, make a new cache, or "
@@ -335,59 +382,12 @@ class AnTKVCache(Cache):
             )
         if why is not None:
             self.reset()
+        self.__dict__["_user_defined"] = value
+        for layer in self.quantized_layers:  # assisted decoding switches it on again; others never call crop
+            layer.record_past = False
 
 
-def _layers(
-    model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None, max_length: int | None, device_mesh: Any
-) -> list:
-    """Transformers' own layers for this model, with the plain full-attention ones replaced by quantized ones."""
-    if getattr(text, "kv_lora_rank", None):
-        raise ValueError(
-            f"{text.model_type} uses multi-head latent attention (kv_lora_rank={text.kv_lora_rank}): its cache holds "
-            "latents, not keys and values. Use DynamicCache for this model."
-        )
-    score = get_score(config.anchors.score)
-    try:
-        layers = list(DynamicCache(config=model_config).layers)
-    except KeyError as error:  # some models register their cache layers only when they are loaded
-        raise ValueError(
-            f"transformers knows no cache layer for the {error} layers of {text.model_type}: load the model first, or "
-            "leave past_key_values out"
-        ) from error
-    plain = quantizable_layers(layers, config)
-    kept = layers_kept_as_they_are(layers, config)
-    if not plain:
-        raise ValueError(
-            f"none of the {len(layers)} layers of {text.model_type} can be quantized ({kept}): only those of full "
-            "attention over all past tokens are. Use DynamicCache for this model."
-        )
-    if len(layers) - len(plain) > len(config.skip_layers):
-        warnings.warn(
-            f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers of {text.model_type}, those of full attention; "
-            f"the others stay as transformers keeps them ({kept})",
-            stacklevel=3,
-        )
-    codec_for_device: CodecForDevice = _identity_codec
-    if isinstance(config.key, ScalarSpec):
-        if codebook is not None:
-            raise ValueError(f"codec {config.key} needs no codebook: leave codebook out, or give a config of its bits")
-        codec_for_device = scalar_codecs(config, model_rotary(model_config))
-    elif not config.is_identity:
-        if codebook is None:
-            raise ValueError(
-                f"codec {config.key} needs a codebook of this model: load one with AnTKVCache.from_pretrained(...), "
-                'make one with `antkv calibrate`, or do without: AnTKVConfig.preset("ott-2bit")'
-            )
-        codebook.check(text, config, plain)
-        codec_for_device = codebook.codec_factory(config, model_rotary(model_config), device_mesh)
-    check_layer_numbers(config, len(layers))  # last: a codebook of another model has been named as such
-    for i in plain:
-        layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device, max_length))
-    return layers
-
-
-_IDENTITY = LayerCodec(IdentityCodec(), IdentityCodec())
-
-
-def _identity_codec(layer_idx: int, device: torch.device, kv_heads: int, key_dim: int, value_dim: int) -> LayerCodec:
-    return _IDENTITY
+def _held(layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Keys and values of a layer that transformers keeps; None for an empty one."""
+    filled = getattr(layer, "is_initialized", False) and layer.get_seq_length()
+    return (layer.keys, layer.values) if filled else None

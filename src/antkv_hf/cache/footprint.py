@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MemoryFootprint:
-    """Bytes of a cache by kind, as allocated. Nothing is left out; what is shared is named apart.
+    """Bytes of a cache by kind, as allocated; what is shared is named apart. Only token ids are left out: 8 bytes each.
 
     Args:
         codes: packed codes of all coded tokens, the anchors' own slots included.

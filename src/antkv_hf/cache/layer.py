@@ -16,10 +16,7 @@ from ..storage import LayerStorage
 from ..storage_check import check_tail, check_tensors
 from .handle import KVHandle, SharedSnapshot
 
-_NO_TOKENS = (
-    "layer {} of AnTKVCache: got 0 new tokens with {} cached; the prompt is empty, or all of it is cached already: "
-    "give at least one new token, or call cache.reset()"
-)
+_FOREIGN = "this cache belongs to another model; make a new one"
 
 
 def quantizable_layers(layers: list, config: AnTKVConfig) -> list[int]:
@@ -51,6 +48,22 @@ def layers_kept_as_they_are(layers: list, config: AnTKVConfig) -> str:
         if i not in quantized
     )
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+
+def checked_rows(method: str, rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """`rows` (numbers, or a mask) of a `batch` (-1: of an empty cache) on the CPU, for the `method` that they change.
+
+    Raises:
+        ValueError: they are no whole numbers, or the batch has no such row; naming the first.
+    """
+    picked = rows.cpu()
+    if picked.dtype.is_floating_point:
+        raise ValueError(f"{method} got rows of {picked.dtype}: give whole numbers, e.g. torch.tensor([0, 0, 1])")
+    if batch < 0 or picked.dtype == torch.bool:
+        return picked
+    if wrong := [row for row in picked.tolist() if not 0 <= row < batch]:
+        raise ValueError(f"{method} names row {wrong[0]} of a batch of {batch}: rows run from 0 to {batch - 1}")
+    return picked
 
 
 class LayerPlan:
@@ -115,7 +128,7 @@ class AnTKVLayer(CacheLayerMixin):
             ValueError: if grad is enabled, no token is given, or batch, heads, dtype or device differ from what is
                 cached. Nothing has changed then.
         """
-        self._check(key_states, value_states)
+        self.check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         storage = self._stored
@@ -126,43 +139,64 @@ class AnTKVLayer(CacheLayerMixin):
         commit = storage.commits_at_once and not self.record_past
         return KVHandle.pair(SharedSnapshot(storage.snapshot(), storage.backend, storage, commit))
 
-    def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def check(
+        self, keys: torch.Tensor, values: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
+        """Raises ValueError, naming the numbers, if new keys and values ``(batch, kv_heads, n, dim)`` cannot be taken.
+
+        Args:
+            held: keys and values of a layer before this one that transformers keeps, if the new ones are its own; it
+                would take what this layer refuses. By default they are this layer's.
+        """
         name = f"layer {self.plan.layer_idx} of AnTKVCache"
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise ValueError(
-                f"{name}: keys require grad, and gradients cannot flow through codes. "
-                "Run the model under torch.no_grad() or model.generate(), or train with DynamicCache."
-            )
         if keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
             raise ValueError(
                 f"{name}: keys {tuple(keys.shape)} and values {tuple(values.shape)} do not belong together: both are "
                 "(batch, kv heads, new tokens, size)"
             )
-        if keys.shape[2] == 0:
-            raise ValueError(_NO_TOKENS.format(self.plan.layer_idx, self.get_seq_length()))
+        self.check_batch(keys, values)
         self.require_room(keys.shape[2])
-        if self.storage is None:
+        if held is None and self.storage is not None:
+            held = self.storage.tail_keys, self.storage.tail_values
+        if held is None:
             return
-        old = self.storage.tail_keys
-        if keys.shape[0] != old.shape[0]:
+        heads, size, value_size = held[0].shape[1], held[0].shape[3], held[1].shape[3]
+        if keys.shape[1] != heads or keys.shape[3] != size:
             raise ValueError(
-                f"{name}: batch size changed from {old.shape[0]} to {keys.shape[0]}; call cache.reset() for a new "
-                "prompt, or cache.batch_repeat_interleave / batch_select_indices to change the batch"
+                f"{name}: kv heads and head size changed from {heads} x {size} to {keys.shape[1]} x {keys.shape[3]}: "
+                f"{_FOREIGN}"
             )
-        if keys.shape[1] != old.shape[1] or keys.shape[3] != old.shape[3]:
+        if values.shape[3] != value_size:
+            raise ValueError(f"{name}: value size changed from {value_size} to {values.shape[3]}: {_FOREIGN}")
+        for kind, new, old in zip(("keys", "values"), (keys, values), held):
+            if new.device != old.device or new.dtype != old.dtype:
+                raise ValueError(
+                    f"{name}: {kind} moved from {old.dtype} on {old.device} to {new.dtype} on {new.device}; "
+                    "a cache stays where it was first filled: make a new one"
+                )
+
+    def check_batch(self, *states: torch.Tensor) -> None:
+        """Raises ValueError if new `states` ``(batch, ...)`` want gradients, or are of another batch than is held."""
+        name = f"layer {self.plan.layer_idx} of AnTKVCache"
+        if torch.is_grad_enabled() and any(state.requires_grad for state in states):
             raise ValueError(
-                f"{name}: kv heads and head size changed from {old.shape[1]} x {old.shape[3]} to "
-                f"{keys.shape[1]} x {keys.shape[3]}: this cache belongs to another model; make a new one"
+                f"{name}: keys require grad, and gradients cannot flow through codes. "
+                "Run the model under torch.no_grad() or model.generate(), or train with DynamicCache."
             )
-        if keys.device != old.device or keys.dtype != old.dtype:
+        if self.storage is not None and states[0].shape[0] != self.batch_size:
             raise ValueError(
-                f"{name}: keys moved from {old.dtype} on {old.device} to {keys.dtype} on {keys.device}; "
-                "a cache stays where it was first filled: make a new one"
+                f"{name}: batch size changed from {self.batch_size} to {states[0].shape[0]}; call cache.reset() for a "
+                "new prompt, or cache.batch_repeat_interleave / batch_select_indices to change the batch"
             )
 
     def require_room(self, new_tokens: int) -> None:
-        """Raises ValueError if so many more tokens are beyond the cache's `max_length`."""
+        """Raises ValueError if there is no new token, or if so many more are beyond the cache's `max_length`."""
         limit, length = self.plan.max_length, self.get_seq_length()
+        if new_tokens == 0:
+            raise ValueError(
+                f"layer {self.plan.layer_idx} of AnTKVCache: got 0 new tokens with {length} cached; the prompt is "
+                "empty, or all of it is cached already: give at least one new token, or call cache.reset()"
+            )
         if limit is not None and length + new_tokens > limit:
             need = length + new_tokens
             raise ValueError(
@@ -189,8 +223,6 @@ class AnTKVLayer(CacheLayerMixin):
         return 0 if self.storage is None else self.storage.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if query_length == 0:  # asked before the model's own code meets, and trips over, an empty batch
-            raise ValueError(_NO_TOKENS.format(self.plan.layer_idx, self.get_seq_length()))
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:

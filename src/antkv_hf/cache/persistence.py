@@ -65,6 +65,25 @@ class CacheFile:
         prefix = f"layers.{index}."
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
+    def check(self, model_config) -> None:
+        """Raises ValueError, naming both numbers, if a model has not the sizes of the one that filled the cache."""
+        found = _describe(model_config.get_text_config(decoder=True))
+        for name in _MODEL_FACTS:
+            if self.model[name] != found[name]:
+                raise ValueError(
+                    f"it was filled by {self.model['base_model']} ({name} {self.model[name]}), but the model has "
+                    f"{name} {found[name]}: load it with that model, or fill a new cache"
+                )
+
+    def check_dtype(self, model: PreTrainedModel) -> None:
+        """Raises ValueError if the model computes in another dtype than the cache was filled in."""
+        held = next((t.dtype for name, t in self.tensors.items() if name.endswith(".tail_keys")), model.dtype)
+        if held != model.dtype and not torch.is_autocast_enabled(model.device.type):  # which has a dtype of its own
+            raise ValueError(
+                f"it was filled in {held}, but the model is {model.dtype}: load the model in {held}, or fill "
+                "a new cache"
+            )
+
 
 # -------------------------------------------------------------------- save
 def save_cache(cache: AnTKVCache, path: str | Path) -> None:
@@ -167,7 +186,7 @@ def read_cache_file(path: str | Path) -> CacheFile:
                 raise ValueError("it was not written by AnTKVCache.save")
             if facts.get("format_version") != FORMAT_VERSION:
                 raise ValueError(
-                    f"format_version {facts.get('format_version')} is not known (this antkv-hf reads "
+                    f"format_version {facts.get('format_version')!r} is not known (this antkv-hf reads "
                     f"{FORMAT_VERSION}): upgrade antkv-hf, or fill the cache again"
                 )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a dict
@@ -184,6 +203,8 @@ def read_cache_file(path: str | Path) -> CacheFile:
             AnTKVConfig.from_dict(facts["config"]), facts["on_new_prompt"], facts["model"], facts["codebook"],
             facts["layers"], facts["library_version"], tensors,
         )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(_FIELDS.format(path, error)) from error
 
@@ -202,7 +223,8 @@ def load_cache(
     try:
         book = _find_codebook(saved, codebook)
         if model is not None:
-            _check_model(saved.model, _describe(model.config.get_text_config(decoder=True)))
+            saved.check(model.config)
+            saved.check_dtype(model)
         config = model.config if model is not None else _model_config(saved, book)
         cache = cls(config, saved.config, book, on_new_prompt=saved.on_new_prompt)
         if len(saved.layers) != len(cache.layers):
@@ -211,7 +233,7 @@ def load_cache(
                 "that filled it"
             )
         devices = {} if model is None or device is not None else _layer_devices(model)
-        default = torch.device(device) if device is not None else torch.device("cpu") if model is None else model.device
+        default = _device(device) if device is not None else torch.device("cpu") if model is None else model.device
         batches = set()
         for i, (layer, record) in enumerate(zip(cache.layers, saved.layers)):
             tensors = {name: t.to(devices.get(i, default)) for name, t in saved.layer_tensors(i).items()}
@@ -267,15 +289,6 @@ def _describe(text_config, base_model: str | None = None) -> dict[str, Any]:
     return {**describe_model(text_config, base_model), **sizes}
 
 
-def _check_model(saved: dict[str, Any], found: dict[str, Any]) -> None:
-    for name in _MODEL_FACTS:
-        if saved[name] != found[name]:
-            raise ValueError(
-                f"it was filled by {saved['base_model']} ({name} {saved[name]}), but the model has {name} "
-                f"{found[name]}: load it with that model, or fill a new cache"
-            )
-
-
 def _model_config(saved: CacheFile, book: AnTKVCodebook | None):
     if book is not None:
         return book.model_config()
@@ -283,6 +296,16 @@ def _model_config(saved: CacheFile, book: AnTKVCodebook | None):
         return AutoConfig.for_model(**saved.model["text_config"])
     except Exception as error:  # transformers' validation raises kinds of its own
         raise ValueError(f"its model's config is not understood ({error}); pass model=") from error
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r} is unknown: give cpu, cuda or cuda:<number>") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={str(name)!r}, but this PyTorch sees {torch.cuda.device_count()} GPUs: give cpu")
+    return device
 
 
 def _layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:

@@ -39,6 +39,33 @@ def generate_input_ids() -> torch.Tensor | None:
     return ids if isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() else None
 
 
+def check_generate(use_cache: bool | None, tokens: int, encoder_decoder: bool) -> None:
+    """Raises ValueError for a call of `generate` that would write wrong text with a cache that is given to it alone.
+
+    Args:
+        use_cache: of the generation config that the call goes by; None: not known. False: the cache would take the
+            whole text at each step.
+        tokens: that the cache holds.
+        encoder_decoder: whether the model is one: it would put the encoder's keys into the same cache.
+    """
+    if encoder_decoder:
+        raise ValueError(
+            "an encoder-decoder model keeps two caches: give past_key_values=EncoderDecoderCache(AnTKVCache("
+            "model.config, config), DynamicCache(config=model.config))"
+        )
+    if use_cache is False:
+        raise ValueError(
+            f"use_cache=False beside a cache that holds {tokens} tokens: every step would read the whole text into it "
+            "again. Pass use_cache=True (the model's generation_config may say False), or generate without a cache"
+        )
+
+
+def generate_use_cache() -> bool | None:
+    """`use_cache` of the `generate` call that is marking its cache; None if it cannot be seen."""
+    config = next(locals_above("_prepare_cache_for_generation", "generation_config", _FRAMES_TO_GENERATE), None)
+    return getattr(config, "use_cache", None)
+
+
 def forward_input_ids(batch: int, length: int) -> torch.Tensor | None:
     """The ids ``(batch, length)`` that the model is reading right now, or None if they cannot be found."""
     if torch.compiler.is_compiling():
@@ -103,13 +130,11 @@ class PromptGuard:
         if known is None or length == 0:
             return None
         if ids.shape[0] != known.shape[0]:
-            if ids.shape[0] % known.shape[0] == 0:
-                return None  # the cache itself refuses the batch
             if known.shape[0] % ids.shape[0]:
                 return f"it holds a batch of {known.shape[0]} and the prompt is a batch of {ids.shape[0]}"
             ids = ids.repeat_interleave(known.shape[0] // ids.shape[0], 0)  # as generate does for beams
-        if ids.shape[1] < length:
-            return f"it holds {length} tokens and the prompt has only {ids.shape[1]}"
+        if ids.shape[1] <= length:  # transformers would read the whole prompt again, behind itself
+            return f"it holds {length} tokens and the prompt has only {ids.shape[1]}, so none is new"
         n = min(known.shape[1], length)
         differs = (ids[:, :n].cpu() != known[:, :n]).any(0)
         if differs.any():

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..codebook import AnTKVCodebook, describe_model
 from ..codecs import VQTables
-from ..config import AnTKVConfig, VQSpec
+from ..config import AnTKVConfig, VQSpec, check_config
 from ..rotary import Rotary
 from ..texts import TextMix, mix_windows
 from .checks import check_model, check_sizes, layers_to_learn, weights_digest
@@ -121,6 +121,7 @@ def calibrate(
         >>> codebook = calibrate(model, tokenizer, TextMix.from_sources(["wiki.txt"]), AnTKVConfig.preset("1bit"))
         >>> codebook.save_pretrained("codebooks/my-model-1bit")
     """
+    check_config(config)
     mix = TextMix.of(texts)
     for name, number in (("iterations", iterations), ("batch_size", batch_size)):
         if number < 1:

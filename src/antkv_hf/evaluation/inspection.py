@@ -132,13 +132,21 @@ def inspect_model(name: str) -> dict[str, Any]:
     }
 
 
-def inspect_cache(path: str | Path) -> dict[str, Any]:
+def inspect_cache(path: str | Path, model: str | None = None) -> dict[str, Any]:
     """A file of `AnTKVCache.save` as JSON-ready facts; its hash is verified, its codebook is not needed.
 
+    Args:
+        model: folder or Hub id of a model, whose sizes must be those of the one that filled it.
+
     Raises:
-        FileNotFoundError, ValueError: as `read_cache_file`.
+        FileNotFoundError, ValueError: as `read_cache_file`; ValueError also if the model has other sizes.
     """
     saved = read_cache_file(path)
+    if model is not None:
+        try:
+            saved.check(model_config(model))
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit {model}: {error}") from error
     sizes: dict[str, int] = {}
     for name, tensor in saved.tensors.items():
         buffer = name if name == "prompt_ids" else name.split(".")[2]  # layers.<i>.<buffer>[.<field>]
@@ -149,6 +157,7 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
         "cache": str(path),
         "format_version": FORMAT_VERSION,
         "library_version": saved.library_version,
+        "fits": model,
         "model": {k: v for k, v in saved.model.items() if k != "text_config"},
         "codebook": saved.codebook,
         "config": saved.config.to_dict(),
@@ -171,6 +180,7 @@ def format_cache(found: dict[str, Any]) -> str:
         f"Cache of {model['base_model']} ({model['model_type']}): {found['quantized_layers']} of "
         f"{model['num_hidden_layers']} layers quantized",
         f"  tokens      {found['batch']} x {found['tokens']:,}: {found['coded_tokens']:,} coded, {tail:,} exact",
+        *([f"  fits        {found['fits']}"] if found["fits"] else []),
         f"  codebook    {made}",
         f"  config      {codec}, window {config['window']}",
         "  bytes       " + ", ".join(f"{kind} {size:,}" for kind, size in found["tensor_bytes"].items()),
@@ -181,9 +191,12 @@ def format_cache(found: dict[str, Any]) -> str:
 
 def model_config(name: str):
     """The transformers config of a folder, Hub id or the word smollm2."""
-    from ..demo_model import WORD, load_demo_model
+    from ..demo_model import WORD, load_demo_model, naming
 
-    return load_demo_model()[0].config if name == WORD else AutoConfig.from_pretrained(name)
+    if name == WORD:
+        return load_demo_model()[0].config
+    with naming(name):
+        return AutoConfig.from_pretrained(name)
 
 
 def format_inspection(found: dict[str, Any]) -> str:
