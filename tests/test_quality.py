@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,14 +30,16 @@ def smollm2():
     ("bits", "protocols", "limits"),
     [
         ("1", ("FP", "W0", "S128", "cache"), {"W0": 1.4, "S128": 1.02, "cache": 1.02}),
-        ("2", ("FP", "S128"), {"S128": 1.01}),
+        ("2", ("FP", "S128"), {"S128": 1.008}),
+        ("4", ("FP", "S128"), {"S128": 1.004}),
+        ("0.5", ("FP", "S128"), {"S128": 1.05}),
     ],
 )
 def test_perplexity_of_wikitext(smollm2, antkv_data, bits, protocols, limits):
     """The third window of 2,048 tokens; the first is by far the hardest.
 
-    Over the first twelve the ratios are 1.276 (W0), 1.017 (S128) and, at 2 bits, 1.009 (S128). On one window coded keys
-    may predict better than exact ones by chance, but never alike.
+    Over the first twelve the ratios are 1.276 (W0), 1.017 (S128) and, at 2 and 0.5 bits, 1.004 and 1.039 (S128). On one
+    window coded keys may predict better than exact ones by chance, but never alike.
     """
     model, tokenizer = smollm2
     codebook = AnTKVCodebook.from_pretrained(find_codebook(f"smollm2-135m-instruct-{bits}bit"))
@@ -46,7 +49,7 @@ def test_perplexity_of_wikitext(smollm2, antkv_data, bits, protocols, limits):
     for row in rows:
         if row.protocol in limits:
             assert abs(row.ratio - 1) > 1e-5 and row.ratio <= limits[row.protocol], row
-            assert row.bits <= float(bits) + 0.18
+            assert row.bits <= float(bits) + (0.18 if bits != "0.5" else 0.1)
 
 
 def test_scalar_codes_of_wikitext(smollm2, antkv_data):
@@ -86,8 +89,11 @@ def test_two_thousand_tokens_are_at_least_seven_times_smaller(smollm2):
 
 
 def test_shipped_codebooks_are_small_and_say_how_they_were_made():
-    for bits in "12":
-        codebook = AnTKVCodebook.from_pretrained(find_codebook(f"smollm2-135m-instruct-{bits}bit"))
-        assert codebook.tables_bytes() < 10e6
+    for name in (*(f"smollm2-135m-instruct-{bits}bit" for bits in ("0.5", "1", "2", "4")),
+                 *(f"qwen2.5-coder-1.5b-instruct-{bits}bit" for bits in "12")):  # fmt: skip
+        folder = Path(find_codebook(name))
+        codebook = AnTKVCodebook.from_pretrained(folder)
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
         assert codebook.calibration["command"].startswith("antkv calibrate")
-        assert {row["protocol"] for row in codebook.evaluation} >= {"FP", "W0", "S128"}
+        assert {row["protocol"] for row in codebook.evaluation} >= {"FP", "S128"}, name
+        assert name.endswith(("-0.5bit", "-4bit")) or "W0" in {row["protocol"] for row in codebook.evaluation}, name
