@@ -117,6 +117,8 @@ def obstacle(model, cache: AnTKVCache, attention_mask: torch.Tensor | None = Non
     """
     if cache.max_length is None:
         return size_obstacle(cache.antkv_config) or "the cache grows: make it with max_length"
+    if cache.is_compileable:
+        return "the cache is for torch.compile: make it without compileable"
     if len(cache.quantized_layers) < len(cache.layers):
         return f"{len(cache.layers) - len(cache.quantized_layers)} of {len(cache.layers)} layers are not quantized"
     if (lane := _lane(model)) not in LANES:

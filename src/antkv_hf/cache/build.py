@@ -44,8 +44,9 @@ def check_model(model: Any, hint: str = "load it with AutoModelForCausalLM.from_
 
 
 def cache_layers(
-    model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None, max_length: int | None, device_mesh: Any
-) -> list:
+    model_config, text, config: AnTKVConfig, codebook: AnTKVCodebook | None, max_length: int | None, device_mesh: Any,
+    compileable: bool = False,
+) -> list:  # fmt: skip
     """transformers' own layers for this model, with the plain full-attention ones replaced by quantized ones.
 
     Args:
@@ -75,6 +76,11 @@ def cache_layers(
             "attention over all past tokens are. Use DynamicCache for this model"
             + (", or leave layers out of skip_layers." if config.skip_layers else ".")
         )
+    if compileable and len(plain) < len(layers):  # transformers compiles all of a cache or nothing of it
+        raise ValueError(
+            f"compileable=True needs every layer quantized, but of the {len(layers)} layers of {text.model_type} "
+            f"transformers keeps {len(layers) - len(plain)} ({kept}): leave compileable out"
+        )
     if len(layers) - len(plain) > len(config.skip_layers):
         warnings.warn(
             f"AnTKVCache quantizes {len(plain)} of {len(layers)} layers of {text.model_type}, those of full attention; "
@@ -96,7 +102,7 @@ def cache_layers(
         codec_for_device = codebook.codec_factory(config, model_rotary(model_config), device_mesh)
     check_layer_numbers(config, len(layers))  # last: a codebook of another model has been named as such
     for i in plain:
-        layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device, max_length))
+        layers[i] = AnTKVLayer(LayerPlan(i, config, score, codec_for_device, max_length, compileable))
     return layers
 
 

@@ -45,6 +45,9 @@ class AnTKVCache(Cache):
         max_length: tokens of a sequence that memory is set aside for at once (prompt and new ones): nothing grows then,
             lengths are on the device too, and `antkv_generate` can run decode steps as CUDA graphs. None: the cache
             grows as it must. The batch keeps its size. Not with scalar codes or ``anchors.max_tokens``.
+        compileable: a plain `generate` on a GPU then compiles decode steps, as it does for transformers' StaticCache:
+            in the ``"antkv"`` lane, with `max_length`, where every layer is quantized. Run on a CPU only so far; what
+            it gains on a GPU has not been measured. `antkv_generate` needs no compiler.
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
             (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are
             compared; at least one must be new.
@@ -69,6 +72,7 @@ class AnTKVCache(Cache):
         codebook: AnTKVCodebook | None = None,
         *,
         max_length: int | None = None,
+        compileable: bool = False,
         on_new_prompt: str = "error",
         device_mesh: Any = None,
         offloading: bool = False,
@@ -83,6 +87,8 @@ class AnTKVCache(Cache):
         check_arguments(model_config, config, codebook)
         if max_length is not None and whole_number("max_length", max_length, 4096) < 1:
             raise ValueError(f"max_length={max_length} must be at least 1 token, or None for a cache that grows")
+        if compileable and max_length is None:
+            raise ValueError("compileable=True needs max_length: compiled code reads buffers that stay where they are")
         config = config or (codebook.config if codebook is not None else None)
         if config is None:
             raise ValueError("give a codebook (AnTKVCache.from_pretrained(...)) or a config: there is nothing to go by")
@@ -92,7 +98,7 @@ class AnTKVCache(Cache):
         self.tp_size = tp_size(model_config, device_mesh)
         if self.tp_size > 1:
             check_heads(text, describe_model(text)["kv_heads"], self.tp_size)
-        layers = cache_layers(model_config, text, config, codebook, max_length, device_mesh)
+        layers = cache_layers(model_config, text, config, codebook, max_length, device_mesh, compileable)
         self.antkv_config, self.codebook, self.on_new_prompt = config, codebook, on_new_prompt
         self.max_length = max_length
         self._text_config = text  # what `save` tells of the model
@@ -109,6 +115,7 @@ class AnTKVCache(Cache):
         config: AnTKVConfig | None = None,
         *,
         max_length: int | None = None,
+        compileable: bool = False,
         on_new_prompt: str = "error",
         **changes: Any,
     ) -> AnTKVCache:
@@ -118,7 +125,7 @@ class AnTKVCache(Cache):
             model: switches the fast lane on (``model.set_attn_implementation("antkv")``) and checks that the codebook
                 fits; without it the model is described by the codebook.
             config: replaces the codebook's defaults.
-            max_length: as in `AnTKVCache`.
+            max_length, compileable: as in `AnTKVCache`.
             changes: fields of the config to change, e.g. ``window=64, anchor_fraction=0.01``; or arguments of
                 `AnTKVCodebook.from_pretrained` (revision, token, cache_dir, local_files_only, force_download).
         """
@@ -130,8 +137,9 @@ class AnTKVCache(Cache):
         model_config = codebook.model_config() if model is None else model.config
         mesh = getattr(model, "_device_mesh", None)
         cache = cls(
-            model_config, config, codebook, max_length=max_length, on_new_prompt=on_new_prompt, device_mesh=mesh
-        )
+            model_config, config, codebook, max_length=max_length, compileable=compileable,
+            on_new_prompt=on_new_prompt, device_mesh=mesh,
+        )  # fmt: skip
         if model is not None:
             model.set_attn_implementation(interface.NAME)
         return cache
@@ -298,7 +306,7 @@ class AnTKVCache(Cache):
             self._refuse_layer(layer_idx, key_states.shape[2])
         if layer_idx < first:  # it would take what the first quantized one refuses
             self._first.check(key_states, value_states, _held(self.layers[layer_idx]))
-        if layer_idx != first:
+        if layer_idx != first or (torch.compiler.is_compiling() and self.is_compileable):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         start = self._first.get_seq_length()
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -25,11 +25,18 @@ _EVERYTHING = slice(None)
 class SharedSnapshot:
     """The snapshot behind a pair of handles, with what they share: backend, observing storage, dense copy."""
 
-    def __init__(self, snapshot: Snapshot, backend: Backend, observer: LayerStorage | None, commit: bool):
+    def __init__(
+        self, snapshot: Snapshot, backend: Backend, observer: LayerStorage | None, commit: bool,
+        fixed_columns: int | None = None,
+    ):  # fmt: skip
+        self.fixed_columns = fixed_columns  # of a single token's mask that reaches beyond the tokens there are
         self.snapshot, self.backend, self.observer, self.commit = snapshot, backend, observer, commit
         self._dense: dict[str, torch.Tensor] | None = None
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None = None, **options) -> torch.Tensor:
+        length = self.snapshot.length
+        if mask is not None and query.shape[2] == 1 and mask.shape[-1] == (self.fixed_columns or length) > length:
+            mask = mask[..., :length]
         wiring: dict[str, Any] = dict(backend=self.backend, observer=self.observer, commit=self.commit)
         return attend(self.snapshot, query, mask, **wiring, **options)
 

@@ -18,6 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from ..attention.attend import attend
 from ..codecs import IdentityCodec, LayerCodec
 from ..storage import Snapshot
+from .compiled_step import NewToken, attend_new_token
 from .handle import KVHandle
 
 NAME = "antkv"
@@ -37,6 +38,9 @@ def antkv_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' interface, query ``(batch, q_heads, q_len, head_dim)`` -> ``(batch, q_len, q_heads, dim)``."""
+    if isinstance(key, NewToken) and isinstance(value, NewToken):  # within torch.compile
+        out = attend_new_token(query, key, value, attention_mask, scaling, softcap, s_aux)
+        return out.transpose(1, 2).contiguous(), None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     options: dict[str, Any] = dict(
         scale=scaling,

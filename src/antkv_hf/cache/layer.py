@@ -14,6 +14,7 @@ from ..config import AnTKVConfig
 from ..static_storage import StaticStorage
 from ..storage import LayerStorage
 from ..storage_check import check_tail, check_tensors
+from .compiled_step import NewToken, Ticket
 from .handle import KVHandle, SharedSnapshot
 
 _FOREIGN = "this cache belongs to another model; make a new one"
@@ -71,8 +72,9 @@ class LayerPlan:
 
     def __init__(
         self, layer_idx: int, config: AnTKVConfig, score: AnchorScore | None, codec_for_device,
-        max_length: int | None = None,
+        max_length: int | None = None, compileable: bool = False,
     ):  # fmt: skip
+        self.compileable = compileable
         self.layer_idx, self.config, self.score, self.max_length = layer_idx, config, score, max_length
         self._codec_for_device = codec_for_device
 
@@ -92,7 +94,6 @@ class AnTKVLayer(CacheLayerMixin):
     encoded in `crop` instead, which generate then calls at every step.
     """
 
-    is_compileable = False
     is_croppable = True
     is_sliding = False
     supports_early_init = False
@@ -102,6 +103,8 @@ class AnTKVLayer(CacheLayerMixin):
         self.plan = plan
         self.storage: LayerStorage | None = None
         self.record_past = False
+        self.is_compileable = plan.compileable
+        self._ticket: Ticket | None = None
 
     @property
     def _stored(self) -> LayerStorage:
@@ -128,16 +131,22 @@ class AnTKVLayer(CacheLayerMixin):
             ValueError: if grad is enabled, no token is given, or batch, heads, dtype or device differ from what is
                 cached. Nothing has changed then.
         """
+        if self._ticket is not None and torch.compiler.is_compiling() and key_states.shape[2] == 1:
+            return NewToken(self._ticket, key_states), NewToken(self._ticket, value_states)  # the operator comes back
         self.check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        ticketed = self._ticket is not None and self._ticket.order.device == key_states.device
+        if self.is_compileable and not ticketed and not torch.compiler.is_compiling():
+            self._ticket = Ticket(self, key_states.device)
         storage = self._stored
         with torch.no_grad():
             if not self.record_past:
                 storage.commit()
             storage.append(key_states, value_states)
         commit = storage.commits_at_once and not self.record_past
-        return KVHandle.pair(SharedSnapshot(storage.snapshot(), storage.backend, storage, commit))
+        columns = self.plan.max_length if self.is_compileable else None
+        return KVHandle.pair(SharedSnapshot(storage.snapshot(), storage.backend, storage, commit, columns))
 
     def check(
         self, keys: torch.Tensor, values: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -223,6 +232,8 @@ class AnTKVLayer(CacheLayerMixin):
         return 0 if self.storage is None else self.storage.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.is_compileable and query_length == 1:
+            return self.get_max_length(), 0  # a mask whose shape stays
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
