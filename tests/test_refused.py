@@ -79,6 +79,20 @@ def test_a_refused_step_changes_no_layer(model, what, message):
     assert {layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")} == {HELD + 3}
 
 
+@pytest.mark.filterwarnings("ignore:AnTKVCache quantizes")
+def test_a_reset_cache_is_as_a_fresh_one(model):
+    """transformers 5.17 only zeroes the layers that it keeps, and then concatenates to them."""
+    cache = fresh(model)
+    for n, seed in ((HELD, 0), (HELD + 5, 1), (4, 2)):
+        cache.reset()
+        assert cache.memory_footprint().tokens == 0
+        expected = fresh(model)
+        for step in tokens(n, seed=seed).split(n - 1, 1):
+            assert torch.equal(*(model(step, past_key_values=held).logits for held in (cache, expected)))
+        lengths = ([x.get_seq_length() for x in held.layers if hasattr(x, "keys")] for held in (cache, expected))
+        assert len({tuple(found) for found in lengths}) == 1
+
+
 def test_keys_and_values_of_another_size():
     llama = tiny_llama()
     cache = AnTKVCache(llama.config, AnTKVConfig.preset("identity"))

@@ -21,7 +21,7 @@ from ..tensor_parallel import check_heads, tp_size
 from . import budget, interface, persistence
 from .build import cache_layers, check_arguments, check_model
 from .footprint import MemoryFootprint
-from .layer import AnTKVLayer, checked_rows
+from .layer import AnTKVLayer, checked_rows, drop_states
 from .prompt_guard import (
     PromptGuard,
     check_generate,
@@ -331,6 +331,8 @@ class AnTKVCache(Cache):
         """Forgets everything; the cache can then take another prompt."""
         self._guard.forget()
         self.__dict__.pop("_graphed", None)  # `graphs.graphed`: they hold the old buffers
+        for layer in self.layers:
+            drop_states(layer)
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -48,6 +49,19 @@ def layers_kept_as_they_are(layers: list, config: AnTKVConfig) -> str:
         if i not in quantized
     )
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+
+def drop_states(layer: Any) -> None:
+    """Empties a growing layer of transformers before its own ``reset``, which only zeroes tensors before 5.23.
+
+    New tokens would be concatenated to the zeros, and attention would see those.
+    """
+    if not isinstance(layer, DynamicLayer):
+        return
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+    if hasattr(layer, "is_indexer_initialized"):
+        vars(layer).update(indexer_keys=None, is_indexer_initialized=False)
 
 
 def checked_rows(method: str, rows: torch.Tensor, batch: int) -> torch.Tensor:
