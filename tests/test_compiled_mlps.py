@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
@@ -124,6 +125,34 @@ def test_a_hook_of_the_users_own_is_put_back(llama):
         assert mlp.__dict__["forward"] is hooked and calls
     finally:
         del mlp.forward
+
+
+def test_other_threads_find_the_model_as_it_was(llama):
+    """Two that exchange its MLPs take turns, whatever the order; a third one's forward is the usual one."""
+    mlp, before, x = llama.model.layers[0].mlp, state_of(llama), torch.randn(1, 1, 64)
+    first, second = (CompiledMLPs(llama, compile_options(dict(backend="eager"))) for _ in range(2))
+    entered, inside, out = [], threading.Event(), threading.Event()
+
+    def overlap():
+        mlp(x)  # of neither
+        inside.set()
+        with second.exchanged():
+            entered.append("second")
+            out.wait(10)
+
+    thread = threading.Thread(target=overlap)
+    with first.exchanged():
+        thread.start()
+        assert inside.wait(10)
+        assert not first._inputs, "another thread's input was noted"
+        thread.join(0.2)
+        assert not entered, "both exchanged the MLPs at once"
+        mlp(x)
+        assert len(first._inputs) == 1
+    out.set()
+    thread.join(10)
+    assert entered and not second._inputs
+    assert_untouched(llama, before)
 
 
 def test_an_error_in_a_step_leaves_the_model_as_it_was(llama, codebook, stand_in, monkeypatch):  # noqa: F811
