@@ -218,9 +218,9 @@ class AnTKVCache(Cache):
         A cache made with `max_length` comes back as one that grows.
 
         Args:
-            model: the model that will go on, checked to have the sizes of the one that filled the cache, and its dtype
-                (its weights are not); the fast lane is switched on as in `from_pretrained`. Layers go where the model
-                computes them.
+            model: the model that will go on, checked to have the sizes of the one that filled the cache (its weights
+                are not; another dtype is warned of, as autocast may explain it); the fast lane is switched on as in
+                `from_pretrained`. Layers go where the model computes them.
             codebook: the codebook that the cache was made with, or where it is now; by default it is loaded from where
                 it came from then.
             device: where all layers go instead (without a model: the CPU). Buffers keep their dtype.
