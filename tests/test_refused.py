@@ -110,15 +110,22 @@ def test_a_model_of_more_layers():
     llama, deeper = tiny_llama(), tiny_llama(num_hidden_layers=5)
     config = AnTKVConfig.preset("identity")
     cache = AnTKVCache(llama.config, config)
-    with pytest.raises(ValueError, match=r"layer_idx 3 is beyond the 3 layers of this cache.*model.config, \.\.\.\)$"):
+    with pytest.raises(ValueError, match=r"Of the 20 tokens of this one, 20 may be that model's: call cache.reset\(\)"):
         deeper(tokens(HELD), past_key_values=cache)
-    assert [layer.get_seq_length() for layer in cache.layers] == [0, 0, 0] and cache._guard.ids is None
+    cache.reset()
     llama(tokens(HELD), past_key_values=cache)
+    before, many = state(cache), torch.randn(1, 2, HELD, 16)
+    with pytest.raises(ValueError, match="layer_idx 3 is beyond the 3 layers of this cache"):
+        cache.update(many, many, 3)  # as many as it holds, which are its own
+    assert all(torch.equal(a, b) for a, b in zip(before, state(cache), strict=True))
     with pytest.raises(ValueError, match=r"Of the 25 tokens of this one, 5 may be that model's: call cache.reset\(\)"):
         deeper(tokens(5), past_key_values=cache)
     good = torch.randn(1, 2, 1, 16)
     with pytest.raises(ValueError, match="layer_idx -1 is beyond the 3 layers"):
         cache.update(good, good, -1)
+    empty = AnTKVCache(llama.config, config)
+    with pytest.raises(ValueError, match=r"layer_idx 3 is beyond the 3 layers.*model.config, \.\.\.\)$"):
+        empty.update(good, good, 3)
 
 
 def test_a_mask_of_another_size(llama):

@@ -317,9 +317,7 @@ class AnTKVCache(Cache):
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def _refuse_layer(self, layer_idx: int, tokens: int) -> NoReturn:
-        """Raises ValueError for a layer that is not there; a cache that holds nothing but these tokens is emptied."""
-        if self.get_seq_length() == tokens:
-            self.reset()
+        """Raises ValueError for a layer that is not there, after layers that are may have taken the same `tokens`."""
         held = self.get_seq_length()
         raise ValueError(
             f"layer_idx {layer_idx} is beyond the {len(self.layers)} layers of this cache: it was made for another "
