@@ -106,6 +106,16 @@ def test_keys_and_values_of_another_size():
     llama(tokens(1), past_key_values=cache)
 
 
+def test_an_empty_kept_layer_is_compared_with_no_other(llama):
+    cache = AnTKVCache(llama.config, AnTKVConfig.preset("identity", skip_layers=(0,)))
+    cache.update(*torch.randn(2, 1, 2, 5, 16), 1)
+    other = torch.randn(2, 1, 4, 5, 8, dtype=torch.float16)  # heads, size and dtype of its own
+    cache.update(*other, 0)
+    assert torch.equal(cache.layers[0].keys, other[0])
+    with pytest.raises(ValueError, match="kv heads and head size changed from 4 x 8 to 2 x 16"):
+        cache.update(*torch.randn(2, 1, 2, 1, 16), 0)
+
+
 def test_a_model_of_more_layers():
     llama, deeper = tiny_llama(), tiny_llama(num_hidden_layers=5)
     config = AnTKVConfig.preset("identity")

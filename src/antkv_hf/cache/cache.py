@@ -297,7 +297,7 @@ class AnTKVCache(Cache):
         if not 0 <= layer_idx < len(self.layers):
             self._refuse_layer(layer_idx, key_states.shape[2])
         if layer_idx < first:  # it would take what the first quantized one refuses
-            self._first.check(key_states, value_states, _held(self.layers[layer_idx]))
+            self._first.check_beside(key_states, value_states, _held(self.layers[layer_idx]))
         if layer_idx != first:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         start = self._first.get_seq_length()

@@ -153,14 +153,19 @@ class AnTKVLayer(CacheLayerMixin):
         commit = storage.commits_at_once and not self.record_past
         return KVHandle.pair(SharedSnapshot(storage.snapshot(), storage.backend, storage, commit))
 
-    def check(
-        self, keys: torch.Tensor, values: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None = None
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Raises ValueError, naming numbers, if new keys and values ``(batch, kv_heads, n, dim)`` cannot be taken."""
+        storage = self.storage
+        self.check_beside(keys, values, None if storage is None else (storage.tail_keys, storage.tail_values))
+
+    def check_beside(
+        self, keys: torch.Tensor, values: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None
     ) -> None:
-        """Raises ValueError, naming the numbers, if new keys and values ``(batch, kv_heads, n, dim)`` cannot be taken.
+        """As `check`, for a layer before this one that transformers keeps: it would take what this layer refuses.
 
         Args:
-            held: keys and values of a layer before this one that transformers keeps, if the new ones are its own; it
-                would take what this layer refuses. By default they are this layer's.
+            held: keys and values of the layer that the new ones are of; None: it is empty, and takes any size, dtype
+                and device.
         """
         name = f"layer {self.plan.layer_idx} of AnTKVCache"
         if keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
@@ -170,8 +175,6 @@ class AnTKVLayer(CacheLayerMixin):
             )
         self.check_batch(keys, values)
         self.require_room(keys.shape[2])
-        if held is None and self.storage is not None:
-            held = self.storage.tail_keys, self.storage.tail_values
         if held is None:
             return
         heads, size, value_size = held[0].shape[1], held[0].shape[3], held[1].shape[3]
