@@ -316,6 +316,16 @@ def test_rows_that_are_not_in_the_batch(llama, cache):
     assert cache.layers[0].batch_size == 1 and torch.equal(cache._guard.ids, ids(20, batch=2)[1:])
 
 
+def test_a_prompt_with_no_new_token_after_embeddings(llama, codebook):
+    """Their ids are not known, but how many they are."""
+    cache = AnTKVCache(llama.config, codebook=codebook)
+    llama(inputs_embeds=llama.get_input_embeddings()(ids(20)), past_key_values=cache)
+    with pytest.raises(ValueError, match="it holds 20 tokens and the prompt has only 20, so none is new"):
+        llama.generate(ids(20), past_key_values=cache, max_new_tokens=3)
+    assert cache.get_seq_length() == 20
+    llama.generate(ids(21), past_key_values=cache, max_new_tokens=3)
+
+
 def test_custom_generate_starts_afresh_for_every_prompt(llama, codebook):
     generate = antkv_generate(codebook)
     options = dict(max_new_tokens=24, min_new_tokens=24, do_sample=False)

@@ -132,14 +132,16 @@ class PromptGuard:
     def mismatch(self, ids: torch.Tensor, length: int) -> str | None:
         """Why a cache of `length` tokens cannot continue the prompt `ids`, or None if it can (or it is not known)."""
         known = self.ids
-        if known is None or length == 0:
+        if length == 0:
             return None
-        if ids.shape[0] != known.shape[0]:
+        if known is not None and ids.shape[0] != known.shape[0]:
             if known.shape[0] % ids.shape[0]:
                 return f"it holds a batch of {known.shape[0]} and the prompt is a batch of {ids.shape[0]}"
             ids = ids.repeat_interleave(known.shape[0] // ids.shape[0], 0)  # as generate does for beams
         if ids.shape[1] <= length:  # transformers would read the whole prompt again, behind itself
             return f"it holds {length} tokens and the prompt has only {ids.shape[1]}, so none is new"
+        if known is None:  # read as embeddings, for one
+            return None
         n = min(known.shape[1], length)
         differs = (ids[:, :n].cpu() != known[:, :n]).any(0)
         if differs.any():
