@@ -306,13 +306,18 @@ def test_rows_that_are_not_in_the_batch(llama, cache):
         ),
         (lambda: cache.reorder_cache(torch.tensor([0.0, 1.0])), "reorder_cache got rows of torch.float32: give whole"),
         (lambda: cache.batch_select_indices(torch.tensor([5])), "batch_select_indices names row 5 of a batch of 2"),
+        (lambda: cache.batch_select_indices(torch.tensor([-3])), "names row -3 of a batch of 2: rows run from -2 to 1"),
+        (lambda: cache.reorder_cache(torch.tensor([0, -1])), "reorder_cache names row -1 of a batch of 2: rows run"),
+        (lambda: cache.batch_select_indices(torch.tensor([True])), r"got a mask \(1,\) for a batch of 2: give one of"),
         (lambda: cache.batch_repeat_interleave(0), r"repeats=0 must be at least 1.*cache.reset\(\)"),
         (lambda: cache.batch_repeat_interleave(1.5), "repeats=1.5 must be a whole number, e.g. repeats=2"),
     ):
         with pytest.raises(ValueError, match=message):
             change()
         assert all(layer.storage.tail_keys is keys for layer, keys in zip(cache.layers, before))
-    cache.batch_select_indices(torch.tensor([False, True]))
+    cache.batch_select_indices(torch.tensor([-1, 0]))
+    assert torch.equal(cache._guard.ids, ids(20, batch=2).flip(0))
+    cache.batch_select_indices(torch.tensor([True, False]))
     assert cache.layers[0].batch_size == 1 and torch.equal(cache._guard.ids, ids(20, batch=2)[1:])
 
 

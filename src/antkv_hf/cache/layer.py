@@ -73,10 +73,17 @@ def checked_rows(method: str, rows: torch.Tensor, batch: int) -> torch.Tensor:
     picked = rows.cpu()
     if picked.dtype.is_floating_point:
         raise ValueError(f"{method} got rows of {picked.dtype}: give whole numbers, e.g. torch.tensor([0, 0, 1])")
-    if batch < 0 or picked.dtype == torch.bool:
+    if batch < 0:
         return picked
-    if wrong := [row for row in picked.tolist() if not 0 <= row < batch]:
-        raise ValueError(f"{method} names row {wrong[0]} of a batch of {batch}: rows run from 0 to {batch - 1}")
+    if picked.dtype == torch.bool:
+        if tuple(picked.shape) != (batch,):
+            raise ValueError(
+                f"{method} got a mask {tuple(picked.shape)} for a batch of {batch}: give one of ({batch},)"
+            )
+        return picked
+    lowest = -batch if method == "batch_select_indices" else 0  # which indexes, as one does from the end
+    if wrong := [row for row in picked.tolist() if not lowest <= row < batch]:
+        raise ValueError(f"{method} names row {wrong[0]} of a batch of {batch}: rows run from {lowest} to {batch - 1}")
     return picked
 
 
