@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, __version__
 from antkv_hf.cli import app
+from antkv_hf.cli_common import _check_output
 
 TEXT = "The keeper cleans the lens on Monday, with warm water and vinegar. The cat sleeps in the boat house. "
 CHAT = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -240,3 +243,18 @@ def test_errors_are_one_line(place, tmp_path):
 def test_debug_keeps_the_traceback(place):
     result = CliRunner().invoke(app, ["--debug", "generate", str(place / "model"), str(place / "book")])
     assert isinstance(result.exception, ValueError)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    asked = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != kept and asked(path, mode))  # root may all
+    for output in (kept, kept / "new" / "codebook"):
+        with pytest.raises(PermissionError, match=f"--output {output}: {kept} cannot be written to: name another"):
+            _check_output(output, [])
+    (kept / "file").touch()
+    with pytest.raises(ValueError, match="file is a file: name a folder"):
+        _check_output(kept / "file" / "codebook", [])
+    _check_output(tmp_path / "new", ["mixed-1bit"])
+    assert not (tmp_path / "new").exists()
