@@ -326,6 +326,28 @@ def test_filled_under_autocast(path):
         assert torch.equal(*(opt(ids(2) % 60, past_key_values=held).logits for held in (cache, loaded)))
 
 
+@pytest.mark.parametrize("skip", [(), (0,)], ids=("all", "skipped"))
+@pytest.mark.parametrize("kind", ["identity", "ott-2bit", "codebook"])
+def test_autocast_with_rope(codebook, path, kind, skip):
+    """Keys come in float32 and values in bfloat16: coded, saved and gone on from, near what float32 gives."""
+    model = tiny_llama()
+    if kind == "codebook":
+        config, book = codebook.config.replace(skip_layers=skip), codebook
+    else:
+        sizes = {} if kind == "ott-2bit" else dict(window=8, chunk=8)
+        config, book = AnTKVConfig.preset(kind, skip_layers=skip, **sizes), None
+    plain, cache = (AnTKVCache(model.config, config, book) for _ in range(2))
+    n = config.window + 2 * config.chunk + 4
+    expected = [model(step, past_key_values=plain).logits for step in (ids(n), ids(3))]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids(n), past_key_values=cache)
+        cache.save(path)
+        loaded = AnTKVCache.load(path, model, book)
+        found = [model(ids(3), past_key_values=held).logits.float() for held in (cache, loaded)]
+    assert torch.equal(*found) and cache.quantized_layers[0].storage.coded_length
+    assert (found[0] - expected[1]).norm() < 0.1 * expected[1].norm()
+
+
 def test_devices_that_are_not_there(llama, codebook, path):
     AnTKVCache(llama.config, codebook=codebook).save(path)
     with pytest.raises(ValueError, match="device='xyz' is unknown: give cpu, cuda or cuda:<number>"):

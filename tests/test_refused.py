@@ -100,8 +100,8 @@ def test_keys_and_values_of_another_size():
     before, good = state(cache), torch.randn(1, 2, 1, 16)
     with pytest.raises(ValueError, match="value size changed from 16 to 8: this cache belongs to another model"):
         cache.update(good, good[..., :8], 0)
-    with pytest.raises(ValueError, match="values moved from torch.float32 on cpu to torch.float16"):
-        cache.update(good, good.half(), 0)
+    with pytest.raises(ValueError, match="keys moved from torch.float32 on cpu to torch.float16"):
+        cache.update(good.half(), good, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, state(cache), strict=True))
     llama(tokens(1), past_key_values=cache)
 

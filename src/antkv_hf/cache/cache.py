@@ -296,6 +296,9 @@ class AnTKVCache(Cache):
         first = self._first.plan.layer_idx
         if not 0 <= layer_idx < len(self.layers):
             self._refuse_layer(layer_idx, key_states.shape[2])
+        if key_states.is_floating_point() and value_states.is_floating_point():
+            # under autocast RoPE gives float32 keys beside 16-bit values: codes, anchors and files have one dtype
+            value_states = value_states.to(key_states.dtype)
         if layer_idx < first:  # it would take what the first quantized one refuses
             self._first.check_beside(key_states, value_states, _held(self.layers[layer_idx]))
         if layer_idx != first:
