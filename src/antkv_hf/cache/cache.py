@@ -151,7 +151,7 @@ class AnTKVCache(Cache):
             ValueError: none fits: the message names the bytes that are missing, and the tokens that would fit; a
                 codebook of another model, or a preset or config that needs one. The model is left as it was.
         """
-        check_model(model, "for a config there is AnTKVConfig.fit(model.config, ...)")
+        check_model(model, "for a config there is AnTKVConfig.fit(model.config, ...)", optional=False)
         found = budget.choices(model.config, tokens, None, batch, among, model.dtype)
         for choice in found:
             if isinstance(choice.config.key, VQSpec) and choice.codebook is None:
