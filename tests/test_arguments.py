@@ -89,6 +89,7 @@ def test_arguments_of_another_kind(llama, codebook, tmp_path):
         (lambda: AnTKVConfig.preset(1), r"preset 1 must be a name, e.g. AnTKVConfig.preset\('1bit'\)"),
         (lambda: AnTKVCache.load(tmp_path / "x", "book"), r"model is 'book', not a transformers model.*codebook="),
         (lambda: AnTKVCache.fit(llama.config, 9, "1GB"), r"model is a LlamaConfig.*AnTKVConfig.fit\(model.config"),
+        (lambda: AnTKVCache.fit(None, 9, "1GB"), r"model is None, not a transformers model: for a config there is"),
         (lambda: calibrate(llama, None, ["text"], "1bit"), r"config='1bit' is text: give AnTKVConfig.preset\('1bit'\)"),
     ):
         with pytest.raises(TypeError, match=message):

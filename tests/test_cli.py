@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from typer.testing import CliRunner
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, __version__
 from antkv_hf.cli import app
+from antkv_hf.cli_common import _check_output
+from antkv_hf.demo_model import naming
 
 TEXT = "The keeper cleans the lens on Monday, with warm water and vinegar. The cat sleeps in the boat house. "
 CHAT = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -240,3 +244,33 @@ def test_errors_are_one_line(place, tmp_path):
 def test_debug_keeps_the_traceback(place):
     result = CliRunner().invoke(app, ["--debug", "generate", str(place / "model"), str(place / "book")])
     assert isinstance(result.exception, ValueError)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    asked = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != kept and asked(path, mode))  # root may all
+    for output in (kept, kept / "new" / "codebook"):
+        with pytest.raises(PermissionError, match=f"--output {output}: {kept} cannot be written to: name another"):
+            _check_output(output, [])
+    (kept / "file").touch()
+    with pytest.raises(ValueError, match="file is a file: name a folder"):
+        _check_output(kept / "file" / "codebook", [])
+    _check_output(tmp_path / "new", ["mixed-1bit"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_errors_of_a_model_that_is_there_keep_their_kind(tmp_path):
+    class Damaged(ValueError):
+        pass
+
+    (tmp_path / "config.json").touch()
+    for error, kind in ((Damaged("bad header"), Damaged), (OSError("bad header"), OSError)):
+        with pytest.raises(kind, match="cannot be loaded: bad header$"), naming(str(tmp_path)):
+            raise error
+    with pytest.raises(PermissionError, match="13.*not yours") as caught, naming(str(tmp_path)):
+        raise PermissionError(13, "not yours")
+    assert caught.value.errno == 13
+    with pytest.raises(OSError, match="'no/such' cannot be loaded: nothing; give a folder"), naming("no/such"):
+        raise OSError("nothing")

@@ -79,6 +79,8 @@ def test_what_cannot_be_made_smaller_is_refused():
     tuned = AnTKVCodebook(book.config, book.tables, book.model, {**book.calibration, "finetune": {}})
     with pytest.raises(ValueError, match="drop stages first, then fine-tune"):
         drop_stages(tuned, 1000)
+    for fits in (plain, tuned):
+        assert drop_stages(fits, fits.tables_bytes()) is fits
 
 
 def test_command(place, tmp_path):  # noqa: F811

@@ -142,7 +142,7 @@ def test_use_cache_false_beside_a_cache(llama, cache, codebook):
     llama(ids(39), past_key_values=cache)
     with pytest.raises(ValueError, match="use_cache=False beside a cache that holds 39 tokens.*Pass use_cache=True"):
         llama.generate(ids(40), past_key_values=cache, use_cache=False, max_new_tokens=12)
-    with pytest.raises(ValueError, match="use_cache=False beside a cache that holds 0 tokens"):
+    with pytest.raises(ValueError, match="use_cache=False beside antkv_generate, which decodes.*leave custom_gen"):
         llama.generate(ids(40), custom_generate=antkv_generate(codebook), use_cache=False, max_new_tokens=12)
     assert cache.get_seq_length() == 39 and not cache._is_user_defined
     options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
@@ -306,14 +306,29 @@ def test_rows_that_are_not_in_the_batch(llama, cache):
         ),
         (lambda: cache.reorder_cache(torch.tensor([0.0, 1.0])), "reorder_cache got rows of torch.float32: give whole"),
         (lambda: cache.batch_select_indices(torch.tensor([5])), "batch_select_indices names row 5 of a batch of 2"),
+        (lambda: cache.batch_select_indices(torch.tensor([-3])), "names row -3 of a batch of 2: rows run from -2 to 1"),
+        (lambda: cache.reorder_cache(torch.tensor([0, -1])), "reorder_cache names row -1 of a batch of 2: rows run"),
+        (lambda: cache.batch_select_indices(torch.tensor([True])), r"got a mask \(1,\) for a batch of 2: give one of"),
         (lambda: cache.batch_repeat_interleave(0), r"repeats=0 must be at least 1.*cache.reset\(\)"),
         (lambda: cache.batch_repeat_interleave(1.5), "repeats=1.5 must be a whole number, e.g. repeats=2"),
     ):
         with pytest.raises(ValueError, match=message):
             change()
         assert all(layer.storage.tail_keys is keys for layer, keys in zip(cache.layers, before))
-    cache.batch_select_indices(torch.tensor([False, True]))
+    cache.batch_select_indices(torch.tensor([-1, 0]))
+    assert torch.equal(cache._guard.ids, ids(20, batch=2).flip(0))
+    cache.batch_select_indices(torch.tensor([True, False]))
     assert cache.layers[0].batch_size == 1 and torch.equal(cache._guard.ids, ids(20, batch=2)[1:])
+
+
+def test_a_prompt_with_no_new_token_after_embeddings(llama, codebook):
+    """Their ids are not known, but how many they are."""
+    cache = AnTKVCache(llama.config, codebook=codebook)
+    llama(inputs_embeds=llama.get_input_embeddings()(ids(20)), past_key_values=cache)
+    with pytest.raises(ValueError, match="it holds 20 tokens and the prompt has only 20, so none is new"):
+        llama.generate(ids(20), past_key_values=cache, max_new_tokens=3)
+    assert cache.get_seq_length() == 20
+    llama.generate(ids(21), past_key_values=cache, max_new_tokens=3)
 
 
 def test_custom_generate_starts_afresh_for_every_prompt(llama, codebook):

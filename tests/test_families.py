@@ -302,10 +302,12 @@ def test_self_attention_of_an_encoder_decoder(lane, options):
     expected = model.generate(**inputs, **settings)
     model.set_attn_implementation(lane)
     ours = AnTKVCache(config, AnTKVConfig.preset("identity", window=8, chunk=4))
-    for alone in (dict(past_key_values=ours), dict(custom_generate=antkv_generate(config=ours.antkv_config))):
-        with pytest.raises(ValueError, match=r"keeps two caches: give past_key_values=EncoderDecoderCache\(AnTKVCache"):
-            model.generate(**inputs, **alone, **settings)
+    with pytest.raises(ValueError, match=r"keeps two caches: give past_key_values=EncoderDecoderCache\(AnTKVCache"):
+        model.generate(**inputs, past_key_values=ours, **settings)
     both = EncoderDecoderCache(ours, DynamicCache(config=config))
+    for given in ({}, dict(past_key_values=both)):
+        with pytest.raises(ValueError, match="leave custom_generate out, and give.*EncoderDecoderCache"):
+            model.generate(**inputs, **given, custom_generate=antkv_generate(config=ours.antkv_config), **settings)
     assert torch.equal(model.generate(**inputs, past_key_values=both, **settings), expected)
     assert [layer.storage.coded_length for layer in ours.quantized_layers] == [20, 20]
 

@@ -19,6 +19,7 @@ from conftest import tiny_llama
 from helpers import random_codebook
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_families import build
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -300,14 +301,51 @@ def test_another_model(llama, codebook, path, changes, message):
 
 
 def test_a_model_of_another_dtype(llama, codebook, path):
-    """The first forward would refuse it."""
+    """Named when it is loaded; its first step is refused, unless it computes under the autocast of the first fill."""
     cache = AnTKVCache(llama.config, codebook=codebook)
     llama(ids(20), past_key_values=cache)
     cache.save(path)
     other = tiny_llama().bfloat16()
-    with pytest.raises(ValueError, match="filled in torch.float32, but the model is torch.bfloat16: load the model in"):
-        AnTKVCache.load(path, other, codebook)
-    assert other.config._attn_implementation != "antkv"
+    with pytest.warns(UserWarning, match="filled in torch.float32, but the model is torch.bfloat16: unless it goes on"):
+        loaded = AnTKVCache.load(path, other, codebook)
+    with pytest.raises(ValueError, match="keys moved from torch.float32 on cpu to torch.bfloat16"):
+        other(ids(1), past_key_values=loaded)
+    assert loaded.get_seq_length() == 20
+
+
+def test_filled_under_autocast(path):
+    """Without RoPE keys come in autocast's dtype, which the model's own does not tell before it is entered."""
+    opt = build("opt").model
+    cache = AnTKVCache(opt.config, AnTKVConfig.preset("identity"))
+    with torch.autocast("cpu", torch.bfloat16):
+        opt(ids(20) % 60, past_key_values=cache)
+        cache.save(path)
+    with pytest.warns(UserWarning, match="filled in torch.bfloat16, but the model is torch.float32: unless it goes on"):
+        loaded = AnTKVCache.load(path, opt)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(*(opt(ids(2) % 60, past_key_values=held).logits for held in (cache, loaded)))
+
+
+@pytest.mark.parametrize("skip", [(), (0,)], ids=("all", "skipped"))
+@pytest.mark.parametrize("kind", ["identity", "ott-2bit", "codebook"])
+def test_autocast_with_rope(codebook, path, kind, skip):
+    """Keys come in float32 and values in bfloat16: coded, saved and gone on from, near what float32 gives."""
+    model = tiny_llama()
+    if kind == "codebook":
+        config, book = codebook.config.replace(skip_layers=skip), codebook
+    else:
+        sizes = {} if kind == "ott-2bit" else dict(window=8, chunk=8)
+        config, book = AnTKVConfig.preset(kind, skip_layers=skip, **sizes), None
+    plain, cache = (AnTKVCache(model.config, config, book) for _ in range(2))
+    n = config.window + 2 * config.chunk + 4
+    expected = [model(step, past_key_values=plain).logits for step in (ids(n), ids(3))]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids(n), past_key_values=cache)
+        cache.save(path)
+        loaded = AnTKVCache.load(path, model, book)
+        found = [model(ids(3), past_key_values=held).logits.float() for held in (cache, loaded)]
+    assert torch.equal(*found) and cache.quantized_layers[0].storage.coded_length
+    assert (found[0] - expected[1]).norm() < 0.1 * expected[1].norm()
 
 
 def test_devices_that_are_not_there(llama, codebook, path):

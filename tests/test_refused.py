@@ -79,6 +79,20 @@ def test_a_refused_step_changes_no_layer(model, what, message):
     assert {layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")} == {HELD + 3}
 
 
+@pytest.mark.filterwarnings("ignore:AnTKVCache quantizes")
+def test_a_reset_cache_is_as_a_fresh_one(model):
+    """transformers 5.17 only zeroes the layers that it keeps, and then concatenates to them."""
+    cache = fresh(model)
+    for n, seed in ((HELD, 0), (HELD + 5, 1), (4, 2)):
+        cache.reset()
+        assert cache.memory_footprint().tokens == 0
+        expected = fresh(model)
+        for step in tokens(n, seed=seed).split(n - 1, 1):
+            assert torch.equal(*(model(step, past_key_values=held).logits for held in (cache, expected)))
+        lengths = ([x.get_seq_length() for x in held.layers if hasattr(x, "keys")] for held in (cache, expected))
+        assert len({tuple(found) for found in lengths}) == 1
+
+
 def test_keys_and_values_of_another_size():
     llama = tiny_llama()
     cache = AnTKVCache(llama.config, AnTKVConfig.preset("identity"))
@@ -86,25 +100,42 @@ def test_keys_and_values_of_another_size():
     before, good = state(cache), torch.randn(1, 2, 1, 16)
     with pytest.raises(ValueError, match="value size changed from 16 to 8: this cache belongs to another model"):
         cache.update(good, good[..., :8], 0)
-    with pytest.raises(ValueError, match="values moved from torch.float32 on cpu to torch.float16"):
-        cache.update(good, good.half(), 0)
+    with pytest.raises(ValueError, match="keys moved from torch.float32 on cpu to torch.float16"):
+        cache.update(good.half(), good, 0)
     assert all(torch.equal(a, b) for a, b in zip(before, state(cache), strict=True))
     llama(tokens(1), past_key_values=cache)
+
+
+def test_an_empty_kept_layer_is_compared_with_no_other(llama):
+    cache = AnTKVCache(llama.config, AnTKVConfig.preset("identity", skip_layers=(0,)))
+    cache.update(*torch.randn(2, 1, 2, 5, 16), 1)
+    other = torch.randn(2, 1, 4, 5, 8, dtype=torch.float16)  # heads, size and dtype of its own
+    cache.update(*other, 0)
+    assert torch.equal(cache.layers[0].keys, other[0])
+    with pytest.raises(ValueError, match="kv heads and head size changed from 4 x 8 to 2 x 16"):
+        cache.update(*torch.randn(2, 1, 2, 1, 16), 0)
 
 
 def test_a_model_of_more_layers():
     llama, deeper = tiny_llama(), tiny_llama(num_hidden_layers=5)
     config = AnTKVConfig.preset("identity")
     cache = AnTKVCache(llama.config, config)
-    with pytest.raises(ValueError, match=r"layer_idx 3 is beyond the 3 layers of this cache.*model.config, \.\.\.\)$"):
+    with pytest.raises(ValueError, match=r"Of the 20 tokens of this one, 20 may be that model's: call cache.reset\(\)"):
         deeper(tokens(HELD), past_key_values=cache)
-    assert [layer.get_seq_length() for layer in cache.layers] == [0, 0, 0] and cache._guard.ids is None
+    cache.reset()
     llama(tokens(HELD), past_key_values=cache)
+    before, many = state(cache), torch.randn(1, 2, HELD, 16)
+    with pytest.raises(ValueError, match="layer_idx 3 is beyond the 3 layers of this cache"):
+        cache.update(many, many, 3)  # as many as it holds, which are its own
+    assert all(torch.equal(a, b) for a, b in zip(before, state(cache), strict=True))
     with pytest.raises(ValueError, match=r"Of the 25 tokens of this one, 5 may be that model's: call cache.reset\(\)"):
         deeper(tokens(5), past_key_values=cache)
     good = torch.randn(1, 2, 1, 16)
     with pytest.raises(ValueError, match="layer_idx -1 is beyond the 3 layers"):
         cache.update(good, good, -1)
+    empty = AnTKVCache(llama.config, config)
+    with pytest.raises(ValueError, match=r"layer_idx 3 is beyond the 3 layers.*model.config, \.\.\.\)$"):
+        empty.update(good, good, 3)
 
 
 def test_a_mask_of_another_size(llama):

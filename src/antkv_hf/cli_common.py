@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,10 +91,18 @@ def _given_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _check_output(output: Path, names: list[str]) -> None:
-    """Raises ValueError if `output`, or a folder of `names` within it, cannot be a folder: before hours of work."""
-    for place in (output, *output.parents, *(output / name for name in names)):
+    """Raises if `output`, or a folder of `names` within it, cannot be written: before hours of work.
+
+    ValueError: a part of the path is a file. PermissionError: the folder is there and not to be written, or not there
+    and its nearest parent is not.
+    """
+    for place in (output, *output.absolute().parents, *(output / name for name in names)):
         if place.exists() and not place.is_dir():
             raise ValueError(f"--output {output}: {place} is a file: name a folder to write")
+    for wanted in (output, *(output / name for name in names)):
+        place = next(p for p in (wanted, *wanted.absolute().parents) if p.exists())
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(f"--output {output}: {place} cannot be written to: name another folder")
 
 
 def _check_model_folder(name: str) -> None:

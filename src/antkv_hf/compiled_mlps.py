@@ -1,14 +1,17 @@
 """`torch.compile` of a model's MLPs for the steps that `graphs` captures; the model itself stays as it is.
 
 While a step is captured, ``forward`` of each MLP is exchanged for its compiled form, and put back afterwards: a graph
-keeps what it has captured. Attention is left alone: its kernels are not PyTorch's.
+keeps what it has captured. Attention is left alone: its kernels are not PyTorch's. Other threads that run the model
+meanwhile find its MLPs as they were; those that want to exchange them wait.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils._pytree import tree_map
@@ -16,6 +19,8 @@ from torch.utils._pytree import tree_map
 NAMES = ("mlp", "feed_forward", "ffn")  # what transformers calls the MLP of a decoder layer
 # Shapes never change in a captured step, and the graph is `graphs`' own.
 DEFAULTS: dict[str, Any] = dict(dynamic=False)
+_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()  # one a model
+_MAKING_LOCKS = threading.Lock()
 _OWN_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture CUDA graphs themselves
 
 
@@ -74,28 +79,34 @@ class CompiledMLPs:
             raise CompileError(
                 f"no layer of {type(model).__name__} has an MLP to compile (a child called {', '.join(NAMES)})"
             )
+        with _MAKING_LOCKS:
+            self._lock = _LOCKS.setdefault(model, threading.RLock())
         self._options = options
         self._inputs: dict[torch.nn.Module, tuple[tuple, dict[str, Any]]] = {}
         self._compiled: dict[torch.nn.Module, Callable] | None = None
 
     @contextmanager
     def exchanged(self) -> Iterator[None]:
-        """Inside, the MLPs are compiled (before `prepare`: watched); afterwards, or after an error, as they were."""
-        if self._compiled is None:
-            forwards = {mlp: self._watched(mlp, mlp.forward) for mlp in self._mlps}
-        else:
-            forwards = self._compiled
-        before = {mlp: mlp.__dict__.get("forward") for mlp in forwards}  # a hook may have put its own there
-        try:
-            for mlp, forward in forwards.items():
-                mlp.__dict__["forward"] = forward
-            yield
-        finally:
-            for mlp, own in before.items():
-                if own is None:
-                    mlp.__dict__.pop("forward", None)
-                else:
-                    mlp.__dict__["forward"] = own
+        """Inside, MLPs are compiled for this thread (before `prepare`: watched); then, or after an error, as before.
+
+        One thread at a time, for each model.
+        """
+        with self._lock:
+            if self._compiled is None:
+                forwards = {mlp: self._watched(mlp, mlp.forward) for mlp in self._mlps}
+            else:
+                forwards = self._compiled
+            before = {mlp: mlp.__dict__.get("forward") for mlp in forwards}  # a hook may have put its own there
+            try:
+                for mlp, forward in forwards.items():
+                    mlp.__dict__["forward"] = _in_this_thread(forward, mlp.forward)
+                yield
+            finally:
+                for mlp, own in before.items():
+                    if own is None:
+                        mlp.__dict__.pop("forward", None)
+                    else:
+                        mlp.__dict__["forward"] = own
 
     def _watched(self, mlp: torch.nn.Module, forward: Callable) -> Callable:
         def watched(*args, **kwargs):
@@ -126,6 +137,15 @@ class CompiledMLPs:
             reason = next(iter(str(cause).strip().splitlines()), "no message")
             raise CompileError(f"torch.compile of the MLPs failed with {type(cause).__name__}: {reason}") from error
         self._compiled = compiled
+
+
+def _in_this_thread(exchanged: Callable, usual: Callable) -> Callable:
+    owner = threading.get_ident()
+
+    def forward(*args, **kwargs):
+        return (exchanged if threading.get_ident() == owner else usual)(*args, **kwargs)
+
+    return forward
 
 
 class _Shape:

@@ -36,8 +36,8 @@ def load_model(name: str = WORD, dtype: torch.dtype | str = torch.float32, **opt
         options: for ``AutoModelForCausalLM.from_pretrained``, e.g. ``device_map="auto"``.
 
     Raises:
-        FileNotFoundError, ImportError: as `load_demo_model`. OSError, ValueError: transformers finds no such model; the
-            message names it.
+        FileNotFoundError, ImportError: as `load_demo_model`. OSError, ValueError: transformers finds no such model, or
+            cannot load it; the message names it.
     """
     if name == WORD:
         return load_demo_model(dtype, **options)[:2]
@@ -47,15 +47,23 @@ def load_model(name: str = WORD, dtype: torch.dtype | str = torch.float32, **opt
 
 @contextlib.contextmanager
 def naming(model: str) -> Iterator[None]:
-    """Names the model in what transformers raises where it cannot be loaded, and says what to give."""
+    """Names the model in what transformers raises where it cannot be loaded; says what to give where it is not there.
+
+    Errors keep their type. Those of a model that is there (damaged weights, no permission) keep their text behind it.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
-        kind = ValueError if isinstance(error, ValueError) else OSError
-        raise kind(
-            f"model {model!r} cannot be loaded: {error}; give a folder with config.json, tokenizer and weights, or a "
-            "Hub id such as owner/name"
-        ) from error
+        folder = Path(model).expanduser()
+        plain = type(error) in (OSError, ValueError) and getattr(error, "errno", None) is None  # as transformers' are
+        if plain and not (folder / "config.json").exists() and (folder.is_dir() or isinstance(error, OSError)):
+            raise type(error)(
+                f"model {model!r} cannot be loaded: {error}; give a folder with config.json, tokenizer and weights, or "
+                "a Hub id such as owner/name"
+            ) from error
+        if len(error.args) == 1:  # others keep numbers there
+            error.args = (f"model {model!r} cannot be loaded: {error}",)
+        raise
 
 
 def load_demo_model(dtype: torch.dtype | str = torch.float32, **options: Any):

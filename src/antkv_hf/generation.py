@@ -85,10 +85,19 @@ def antkv_generate(
             unusable = "switched off" if cuda_graphs is False else _no_gpu(model)
         # generate() has made a cache of its own by now unless the user gave one: an empty one, replaced here.
         cache = model_kwargs.get("past_key_values")
-        check_generate(generation_config.use_cache, 0, bool(getattr(model.config, "is_encoder_decoder", False)))
-        if cache is not None and getattr(cache, "_is_user_defined", False) and not isinstance(cache, AnTKVCache):
+        held: int | None = None  # tokens of the user's own cache
+        if cache is not None and getattr(cache, "_is_user_defined", False):
+            held = cache.get_seq_length()
+        if getattr(model.config, "is_encoder_decoder", False):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__} of {cache.get_seq_length()} tokens, which antkv_generate "
+                "antkv_generate gives a call one cache, and an encoder-decoder model keeps two: leave custom_generate "
+                "out, and give generate past_key_values=EncoderDecoderCache(AnTKVCache(model.config, config), "
+                "DynamicCache(config=model.config)) alone"
+            )
+        check_generate(generation_config.use_cache, held, False)
+        if held is not None and not isinstance(cache, AnTKVCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__} of {held} tokens, which antkv_generate "
                 "would replace by a cache of its own: leave it out, give an AnTKVCache, or leave custom_generate out"
             )
         if not isinstance(cache, AnTKVCache):

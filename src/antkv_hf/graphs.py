@@ -291,7 +291,8 @@ def graphed(
     # Graphs read weights where they were: others (an adapter, another dtype) need graphs of their own.
     weights = tuple(parameter.data_ptr() for parameter in model.parameters()), _active_adapters(model)
     made_for = weights, compile_options
-    if kept is None or kept._model is not model or kept.made_for != made_for or kept.compile_failed:
+    again = strict and kept is not None and kept.compile_failed  # to raise what was only warned of before
+    if kept is None or kept._model is not model or kept.made_for != made_for or again:
         kept = cache.__dict__["_graphed"] = GraphedModel(model, cache, cuda_graphs(), compile_options=compile_options)
         kept.made_for = made_for
     kept._strict, kept._usable = strict, None

@@ -36,10 +36,12 @@ def check_arguments(model_config: Any, config: Any, codebook: Any) -> None:
         raise TypeError(f"codebook is a {type(codebook).__name__}: give an AnTKVCodebook")
 
 
-def check_model(model: Any, hint: str = "load it with AutoModelForCausalLM.from_pretrained") -> None:
-    """Raises TypeError with a `hint` for a model (or None) that is none."""
-    if model is not None and not hasattr(model, "set_attn_implementation"):
-        what = repr(model) if isinstance(model, (str, Path)) else f"a {type(model).__name__}"
+def check_model(
+    model: Any, hint: str = "load it with AutoModelForCausalLM.from_pretrained", optional: bool = True
+) -> None:
+    """Raises TypeError with a `hint` for a model that is none; None is taken where it is `optional`."""
+    if not (model is None and optional) and not hasattr(model, "set_attn_implementation"):
+        what = repr(model) if model is None or isinstance(model, (str, Path)) else f"a {type(model).__name__}"
         raise TypeError(f"model is {what}, not a transformers model: {hint}")
 
 

@@ -21,7 +21,7 @@ from ..tensor_parallel import check_heads, tp_size
 from . import budget, interface, persistence
 from .build import cache_layers, check_arguments, check_model
 from .footprint import MemoryFootprint
-from .layer import AnTKVLayer, checked_rows
+from .layer import AnTKVLayer, checked_rows, drop_states
 from .prompt_guard import (
     PromptGuard,
     check_generate,
@@ -159,7 +159,7 @@ class AnTKVCache(Cache):
             ValueError: none fits: the message names the bytes that are missing, and the tokens that would fit; a
                 codebook of another model, or a preset or config that needs one. The model is left as it was.
         """
-        check_model(model, "for a config there is AnTKVConfig.fit(model.config, ...)")
+        check_model(model, "for a config there is AnTKVConfig.fit(model.config, ...)", optional=False)
         found = budget.choices(model.config, tokens, None, batch, among, model.dtype)
         for choice in found:
             if isinstance(choice.config.key, VQSpec) and choice.codebook is None:
@@ -226,9 +226,9 @@ class AnTKVCache(Cache):
         A cache made with `max_length` comes back as one that grows.
 
         Args:
-            model: the model that will go on, checked to have the sizes of the one that filled the cache, and its dtype
-                (its weights are not); the fast lane is switched on as in `from_pretrained`. Layers go where the model
-                computes them.
+            model: the model that will go on, checked to have the sizes of the one that filled the cache (its weights
+                are not; another dtype is warned of, as autocast may explain it); the fast lane is switched on as in
+                `from_pretrained`. Layers go where the model computes them.
             codebook: the codebook that the cache was made with, or where it is now; by default it is loaded from where
                 it came from then.
             device: where all layers go instead (without a model: the CPU). Buffers keep their dtype.
@@ -304,8 +304,11 @@ class AnTKVCache(Cache):
         first = self._first.plan.layer_idx
         if not 0 <= layer_idx < len(self.layers):
             self._refuse_layer(layer_idx, key_states.shape[2])
+        if key_states.is_floating_point() and value_states.is_floating_point():
+            # under autocast RoPE gives float32 keys beside 16-bit values: codes, anchors and files have one dtype
+            value_states = value_states.to(key_states.dtype)
         if layer_idx < first:  # it would take what the first quantized one refuses
-            self._first.check(key_states, value_states, _held(self.layers[layer_idx]))
+            self._first.check_beside(key_states, value_states, _held(self.layers[layer_idx]))
         if layer_idx != first or (torch.compiler.is_compiling() and self.is_compileable):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         start = self._first.get_seq_length()
@@ -325,9 +328,7 @@ class AnTKVCache(Cache):
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def _refuse_layer(self, layer_idx: int, tokens: int) -> NoReturn:
-        """Raises ValueError for a layer that is not there; a cache that holds nothing but these tokens is emptied."""
-        if self.get_seq_length() == tokens:
-            self.reset()
+        """Raises ValueError for a layer that is not there, after layers that are may have taken the same `tokens`."""
         held = self.get_seq_length()
         raise ValueError(
             f"layer_idx {layer_idx} is beyond the {len(self.layers)} layers of this cache: it was made for another "
@@ -339,6 +340,8 @@ class AnTKVCache(Cache):
         """Forgets everything; the cache can then take another prompt."""
         self._guard.forget()
         self.__dict__.pop("_graphed", None)  # `graphs.graphed`: they hold the old buffers
+        for layer in self.layers:
+            drop_states(layer)
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -51,6 +52,19 @@ def layers_kept_as_they_are(layers: list, config: AnTKVConfig) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
+def drop_states(layer: Any) -> None:
+    """Empties a growing layer of transformers before its own ``reset``, which only zeroes tensors before 5.23.
+
+    New tokens would be concatenated to the zeros, and attention would see those.
+    """
+    if not isinstance(layer, DynamicLayer):
+        return
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+    if hasattr(layer, "is_indexer_initialized"):
+        vars(layer).update(indexer_keys=None, is_indexer_initialized=False)
+
+
 def checked_rows(method: str, rows: torch.Tensor, batch: int) -> torch.Tensor:
     """`rows` (numbers, or a mask) of a `batch` (-1: of an empty cache) on the CPU, for the `method` that they change.
 
@@ -60,10 +74,17 @@ def checked_rows(method: str, rows: torch.Tensor, batch: int) -> torch.Tensor:
     picked = rows.cpu()
     if picked.dtype.is_floating_point:
         raise ValueError(f"{method} got rows of {picked.dtype}: give whole numbers, e.g. torch.tensor([0, 0, 1])")
-    if batch < 0 or picked.dtype == torch.bool:
+    if batch < 0:
         return picked
-    if wrong := [row for row in picked.tolist() if not 0 <= row < batch]:
-        raise ValueError(f"{method} names row {wrong[0]} of a batch of {batch}: rows run from 0 to {batch - 1}")
+    if picked.dtype == torch.bool:
+        if tuple(picked.shape) != (batch,):
+            raise ValueError(
+                f"{method} got a mask {tuple(picked.shape)} for a batch of {batch}: give one of ({batch},)"
+            )
+        return picked
+    lowest = -batch if method == "batch_select_indices" else 0  # which indexes, as one does from the end
+    if wrong := [row for row in picked.tolist() if not lowest <= row < batch]:
+        raise ValueError(f"{method} names row {wrong[0]} of a batch of {batch}: rows run from {lowest} to {batch - 1}")
     return picked
 
 
@@ -148,14 +169,19 @@ class AnTKVLayer(CacheLayerMixin):
         columns = self.plan.max_length if self.is_compileable else None
         return KVHandle.pair(SharedSnapshot(storage.snapshot(), storage.backend, storage, commit, columns))
 
-    def check(
-        self, keys: torch.Tensor, values: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None = None
+    def check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Raises ValueError, naming numbers, if new keys and values ``(batch, kv_heads, n, dim)`` cannot be taken."""
+        storage = self.storage
+        self.check_beside(keys, values, None if storage is None else (storage.tail_keys, storage.tail_values))
+
+    def check_beside(
+        self, keys: torch.Tensor, values: torch.Tensor, held: tuple[torch.Tensor, torch.Tensor] | None
     ) -> None:
-        """Raises ValueError, naming the numbers, if new keys and values ``(batch, kv_heads, n, dim)`` cannot be taken.
+        """As `check`, for a layer before this one that transformers keeps: it would take what this layer refuses.
 
         Args:
-            held: keys and values of a layer before this one that transformers keeps, if the new ones are its own; it
-                would take what this layer refuses. By default they are this layer's.
+            held: keys and values of the layer that the new ones are of; None: it is empty, and takes any size, dtype
+                and device.
         """
         name = f"layer {self.plan.layer_idx} of AnTKVCache"
         if keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
@@ -165,8 +191,6 @@ class AnTKVLayer(CacheLayerMixin):
             )
         self.check_batch(keys, values)
         self.require_room(keys.shape[2])
-        if held is None and self.storage is not None:
-            held = self.storage.tail_keys, self.storage.tail_values
         if held is None:
             return
         heads, size, value_size = held[0].shape[1], held[0].shape[3], held[1].shape[3]

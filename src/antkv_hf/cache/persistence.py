@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,13 +76,17 @@ class CacheFile:
                     f"{name} {found[name]}: load it with that model, or fill a new cache"
                 )
 
-    def check_dtype(self, model: PreTrainedModel) -> None:
-        """Raises ValueError if the model computes in another dtype than the cache was filled in."""
+    def warn_of_dtype(self, model: PreTrainedModel) -> None:
+        """Warns if the model's weights have another dtype than the cache: right under autocast, refused at a step else.
+
+        `AnTKVLayer.check` refuses such a step before anything changes; only it knows the dtype of its keys.
+        """
         held = next((t.dtype for name, t in self.tensors.items() if name.endswith(".tail_keys")), model.dtype)
-        if held != model.dtype and not torch.is_autocast_enabled(model.device.type):  # which has a dtype of its own
-            raise ValueError(
-                f"it was filled in {held}, but the model is {model.dtype}: load the model in {held}, or fill "
-                "a new cache"
+        if held != model.dtype:
+            warnings.warn(
+                f"the cache was filled in {held}, but the model is {model.dtype}: unless it goes on under the autocast "
+                f"that the cache was filled under, load the model in {held}, or fill a new cache",
+                stacklevel=4,
             )
 
 
@@ -224,7 +229,7 @@ def load_cache(
         book = _find_codebook(saved, codebook)
         if model is not None:
             saved.check(model.config)
-            saved.check_dtype(model)
+            saved.warn_of_dtype(model)
         config = model.config if model is not None else _model_config(saved, book)
         cache = cls(config, saved.config, book, on_new_prompt=saved.on_new_prompt)
         if len(saved.layers) != len(cache.layers):

@@ -39,19 +39,24 @@ def generate_input_ids() -> torch.Tensor | None:
     return ids if isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() else None
 
 
-def check_generate(use_cache: bool | None, tokens: int, encoder_decoder: bool) -> None:
+def check_generate(use_cache: bool | None, tokens: int | None, encoder_decoder: bool) -> None:
     """Raises ValueError for a call of `generate` that would write wrong text with a cache that is given to it alone.
 
     Args:
         use_cache: of the generation config that the call goes by; None: not known. False: the cache would take the
             whole text at each step.
-        tokens: that the cache holds.
+        tokens: that the cache holds; None: the call is to make a cache itself.
         encoder_decoder: whether the model is one: it would put the encoder's keys into the same cache.
     """
     if encoder_decoder:
         raise ValueError(
             "an encoder-decoder model keeps two caches: give past_key_values=EncoderDecoderCache(AnTKVCache("
             "model.config, config), DynamicCache(config=model.config))"
+        )
+    if use_cache is False and tokens is None:
+        raise ValueError(
+            "use_cache=False beside antkv_generate, which decodes with a cache: pass use_cache=True (the model's "
+            "generation_config may say False), or leave custom_generate out"
         )
     if use_cache is False:
         raise ValueError(
@@ -127,14 +132,16 @@ class PromptGuard:
     def mismatch(self, ids: torch.Tensor, length: int) -> str | None:
         """Why a cache of `length` tokens cannot continue the prompt `ids`, or None if it can (or it is not known)."""
         known = self.ids
-        if known is None or length == 0:
+        if length == 0:
             return None
-        if ids.shape[0] != known.shape[0]:
+        if known is not None and ids.shape[0] != known.shape[0]:
             if known.shape[0] % ids.shape[0]:
                 return f"it holds a batch of {known.shape[0]} and the prompt is a batch of {ids.shape[0]}"
             ids = ids.repeat_interleave(known.shape[0] // ids.shape[0], 0)  # as generate does for beams
         if ids.shape[1] <= length:  # transformers would read the whole prompt again, behind itself
             return f"it holds {length} tokens and the prompt has only {ids.shape[1]}, so none is new"
+        if known is None:  # read as embeddings, for one
+            return None
         n = min(known.shape[1], length)
         differs = (ids[:, :n].cpu() != known[:, :n]).any(0)
         if differs.any():

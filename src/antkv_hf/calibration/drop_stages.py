@@ -29,13 +29,16 @@ def drop_stages(codebook: AnTKVCodebook, max_bytes: int) -> AnTKVCodebook:
         max_bytes: of all tables as stored (`AnTKVCodebook.tables_bytes`).
 
     Returns:
-        The codebook with `layer_specs` of its own; keys that lost a stage keep the noise measured with it, which is too
-        small now. ``calibration["drop_stages"]`` says how many went and what the losses sum to before and after.
+        The codebook itself if its tables fit, however it was made. Else one with `layer_specs` of its own: keys that
+        lost a stage keep the noise measured with it, which is too small now. ``calibration["drop_stages"]`` says how
+        many went and what the losses sum to before and after.
 
     Raises:
-        ValueError: no measured losses, a fine-tuned codebook, or too few stages to drop; the message says how small it
-            can get.
+        ValueError: tables do not fit, and there are no measured losses, the codebook is fine-tuned, or it has too few
+            stages to drop; the message says how small it can get.
     """
+    if codebook.tables_bytes() <= max_bytes:
+        return codebook
     record = codebook.calibration.get("sensitivity")
     if record is None:
         raise ValueError(
@@ -66,8 +69,6 @@ def drop_stages(codebook: AnTKVCodebook, max_bytes: int) -> AnTKVCodebook:
             )
         _, place, less, size = min(steps, key=lambda step: (step[0], step[1]))
         specs[place], free, dropped = less, free - size, dropped + 1
-    if not dropped:
-        return codebook
     cut = {place: _cut(t, specs[place].stages) for place, t in tables.items()}
     layers = {layer: (specs[layer, "key"], specs[layer, "value"]) for layer in codebook.tables}
     said = {
