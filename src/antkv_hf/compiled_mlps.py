@@ -128,10 +128,11 @@ class CompiledMLPs:
             raise CompileError(f"none of {len(self._mlps)} MLPs ran in a step")
         compiled: dict[torch.nn.Module, Callable] = {}
         try:
-            for mlp, inputs in inputs_of.items():
-                compiled[mlp] = torch.compile(mlp.forward, **self._options)
-                args, kwargs = tree_map(_zeros, inputs)
-                compiled[mlp](*args, **kwargs)
+            with self._lock:  # else another thread's exchanged forward would be compiled
+                for mlp, inputs in inputs_of.items():
+                    compiled[mlp] = torch.compile(mlp.forward, **self._options)
+                    args, kwargs = tree_map(_zeros, inputs)
+                    compiled[mlp](*args, **kwargs)
         except Exception as error:  # of Dynamo, of a backend, or of a compiler that it calls
             cause = getattr(error, "inner_exception", error)  # Dynamo's own begins with the backend's name
             reason = next(iter(str(cause).strip().splitlines()), "no message")
