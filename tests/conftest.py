@@ -27,6 +27,17 @@ def pytest_collection_modifyitems(items):
             )
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Nothing that another test compiled, before and after."""
+    from torch._dynamo.utils import counters  # loads a compiler that few tests need
+
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
 def tiny_llama(**changes) -> LlamaForCausalLM:
     """A random Llama: 3 layers, 4 heads, 2 kv heads, head size 16, 128 tokens of vocabulary."""
     settings = dict(

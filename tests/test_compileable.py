@@ -15,6 +15,7 @@ from transformers import CompileConfig
 from antkv_hf import AnTKVCache, graphs
 from antkv_hf.cache.compiled_step import NewToken, attend_new_token, decode_step
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 NEW = 28
 
 
@@ -28,14 +29,6 @@ def llama():
 @pytest.fixture(scope="module")
 def codebook(llama):
     return random_codebook(llama, CONFIG)
-
-
-@pytest.fixture(autouse=True)
-def afresh():
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 def run(model, batch, cache, compiled: str | None = None, **options):

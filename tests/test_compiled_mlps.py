@@ -15,6 +15,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from antkv_hf import AnTKVCache, antkv_generate
 from antkv_hf.compiled_mlps import CompiledMLPs, CompileError, compile_options, find_mlps
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 
 class Backend:
     """A backend of torch.compile that counts what it compiled and how often that ran; no compiler is needed."""
@@ -40,13 +42,6 @@ def llama():
 @pytest.fixture(scope="module")
 def codebook(llama):
     return random_codebook(llama, CONFIG)
-
-
-@pytest.fixture(autouse=True)
-def afresh():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def state_of(model) -> list[dict]:

@@ -13,8 +13,7 @@ from dataclasses import replace
 from ..codebook import AnTKVCodebook
 from ..codecs import VQTables
 from ..specs import VQSpec
-
-ROLES = ("key", "value")
+from .sensitivity import ROLES, layer_specs, rounded, without_outdated
 
 
 def drop_stages(codebook: AnTKVCodebook, max_bytes: int) -> AnTKVCodebook:
@@ -70,19 +69,15 @@ def drop_stages(codebook: AnTKVCodebook, max_bytes: int) -> AnTKVCodebook:
         _, place, less, size = min(steps, key=lambda step: (step[0], step[1]))
         specs[place], free, dropped = less, free - size, dropped + 1
     cut = {place: _cut(t, specs[place].stages) for place, t in tables.items()}
-    layers = {layer: (specs[layer, "key"], specs[layer, "value"]) for layer in codebook.tables}
     said = {
         "stages": dropped,
-        "loss": [float(f"{sum(_loss(losses[p], s) for p, s in chosen.items()):.4g}") for chosen in (before, specs)],
+        "loss": [rounded(sum(_loss(losses[p], s) for p, s in chosen.items())) for chosen in (before, specs)],
     }
-    # What was measured was measured with the stages that are gone.
-    made = {name: fact for name, fact in codebook.calibration.items() if name != "relative_error"}
-    made["sensitivity"] = {name: fact for name, fact in record.items() if name != "measured"}
     return AnTKVCodebook(
-        codebook.config.replace(layer_specs=layers),
+        codebook.config.replace(layer_specs=layer_specs(specs)),
         {layer: (cut[layer, "key"], cut[layer, "value"]) for layer in codebook.tables},
         codebook.model,
-        {**made, "drop_stages": said},
+        {**without_outdated(codebook.calibration), "drop_stages": said},
     )
 
 

@@ -23,6 +23,7 @@ from ..texts import TextMix, mix_windows
 from .checks import check_model, weights_digest
 from .finetune_state import TrainingState
 from .intercept import frozen_for_statistics
+from .sensitivity import without_outdated
 from .straight_through import NAME, Student
 from .work_folder import digest
 
@@ -193,11 +194,8 @@ def finetune(
         "date": date.today().isoformat(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    # What k-means left of its samples, and what its tables lost, is no longer what these tables leave and lose.
-    made = {name: fact for name, fact in codebook.calibration.items() if name != "relative_error"}
-    if "sensitivity" in made:
-        made["sensitivity"] = {name: fact for name, fact in made["sensitivity"].items() if name != "measured"}
-    return AnTKVCodebook(codebook.config, tuned.tables, codebook.model, {**made, "finetune": facts})
+    made = {**without_outdated(codebook.calibration), "finetune": facts}
+    return AnTKVCodebook(codebook.config, tuned.tables, codebook.model, made)
 
 
 def _settings(model: PreTrainedModel, codebook: AnTKVCodebook, run: Numbers, pool: torch.Tensor) -> dict[str, Any]:

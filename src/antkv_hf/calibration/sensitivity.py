@@ -182,11 +182,11 @@ def search(
     ]
     processes.wait()  # until all have seen what is missing
     own = processes.share(missing)
-    books = {}
-    for spec in mixed.specs if own else ():
-        books[spec] = _uniform_book(config, spec, rotary, described, folder)
-        if fresh is not None:
-            books[spec] = with_noise(model, books[spec], fresh)
+    books = {
+        spec: _uniform_book(model, config, spec, rotary, described, fresh, folder)
+        for spec in mixed.specs
+        if any(str(spec) not in known[layer].get(role, {}) for layer in own for role in ROLES)
+    }
     for layer in tqdm(own, desc="sensitivity", unit="layer", disable=not progress or processes.rank > 0):
         held = known[layer]
         tables = {
@@ -210,12 +210,12 @@ def search(
         "unit": "KL, nats a token",
         "layers": list(files),
         **{
-            role: {str(spec): [_rounded(costs[layer, role][spec]) for layer in files] for spec in mixed.specs}
+            role: {str(spec): [rounded(costs[layer, role][spec]) for layer in files] for spec in mixed.specs}
             for role in ROLES
         },
         "predicted": {
-            "mixed": _rounded(sum(costs[place][spec] for place, spec in chosen.items())),
-            str(mixed.uniform()): _rounded(sum(cost[mixed.uniform()] for cost in costs.values())),
+            "mixed": rounded(sum(costs[place][spec] for place, spec in chosen.items())),
+            str(mixed.uniform()): rounded(sum(cost[mixed.uniform()] for cost in costs.values())),
         },
     }
     return config.replace(layer_specs=layer_specs(chosen)), record
@@ -231,24 +231,37 @@ def measured(
 ) -> dict[str, float]:
     """Loss of the spread and of the largest candidate in all layers, nats a token, on the windows of `search`."""
     rows, spec = windows[_spread(len(windows), mixed.windows)], mixed.uniform()
-    same = _uniform_book(book.config, spec, book.tables, book.model, folder)
-    if fresh is not None:
-        same = with_noise(model, same, fresh)
+    same = _uniform_book(model, book.config, spec, book.tables, book.model, fresh, folder)
     return {
-        name: _rounded(cache_cost(model, rows, mixed.protocol, held))
+        name: rounded(cache_cost(model, rows, mixed.protocol, held))
         for name, held in (("mixed", book), (str(spec), same))
     }
 
 
 def _uniform_book(
-    config: AnTKVConfig, spec: VQSpec, layers: Iterable[int], described: Mapping[str, Any], folder: WorkFolder
+    model: PreTrainedModel,
+    config: AnTKVConfig,
+    spec: VQSpec,
+    layers: Iterable[int],
+    described: Mapping[str, Any],
+    fresh: torch.Tensor | None,
+    folder: WorkFolder,
 ) -> AnTKVCodebook:
-    """A codebook of one candidate in all `layers`, from the tables in the folder."""
+    """A codebook of one candidate in all `layers`, from the tables in the folder, with noise measured on `fresh`."""
     tables = {i: (folder.read_tables(i, "key", spec)[0], folder.read_tables(i, "value", spec)[0]) for i in layers}
-    return AnTKVCodebook(config.replace(key=spec, value=spec, layer_specs={}), tables, dict(described))
+    book = AnTKVCodebook(config.replace(key=spec, value=spec, layer_specs={}), tables, dict(described))
+    return book if fresh is None else with_noise(model, book, fresh)
 
 
-def _rounded(loss: float) -> float:
+def without_outdated(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """`AnTKVCodebook.calibration` less what was measured of tables that have changed since."""
+    kept = {name: fact for name, fact in calibration.items() if name != "relative_error"}
+    if "sensitivity" in kept:
+        kept["sensitivity"] = {name: fact for name, fact in kept["sensitivity"].items() if name != "measured"}
+    return kept
+
+
+def rounded(loss: float) -> float:
     return float(f"{loss:.4g}")
 
 
