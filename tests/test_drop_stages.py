@@ -102,4 +102,12 @@ def test_command(place, tmp_path):  # noqa: F811
             large.tables[layer][0].noise.diagonal(dim1=-2, dim2=-1).sum()
         )
     assert changed or any(value.stages == 1 for _, value in small.config.layer_specs.values())
+    # The same limit while bits are spread: what is stored fits, and tables that do not are refused with their bytes.
+    mixed = ("--mixed", 2, "--candidate", "d8b8s2", "--candidate", 1, "--sensitivity-windows", 1)
+    antkv("calibrate", model, text, *mixed, "--max-table-mb", limit, "-o", tmp_path / "within", *sizes)
+    within = AnTKVCodebook.from_pretrained(tmp_path / "within")
+    stages = {spec.stages for specs in within.config.layer_specs.values() for spec in specs}
+    assert within.tables_bytes() <= limit * 1e6 and stages == {1, 2}
+    refused = error_of("calibrate", model, text, *mixed, "--max-table-mb", 0.01, "-o", tmp_path / "no", *sizes)
+    assert "at most 10,000 bytes cannot be had" in refused
     assert "name it with --from" in error_of("calibrate", model, text, "--max-table-mb", 5, "-o", tmp_path / "no")

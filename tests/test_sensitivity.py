@@ -21,7 +21,8 @@ from test_texts import word_tokenizer
 from antkv_hf import AnTKVCodebook, AnTKVConfig, calibrate
 from antkv_hf.cache.model_rotary import model_rotary
 from antkv_hf.calibration import run, sensitivity
-from antkv_hf.calibration.sensitivity import Mixed, cache_cost, layer_costs, layer_specs, mean_divergence, spread_bits
+from antkv_hf.calibration.sensitivity import Mixed, cache_cost, layer_costs, layer_specs, mean_divergence
+from antkv_hf.calibration.spread import spread_bits, spread_within
 from antkv_hf.evaluation import evaluate
 from antkv_hf.specs import VQSpec
 
@@ -51,6 +52,37 @@ def test_spread_is_the_best_of_all(data):
     assert list(found) == places and taken(found.values()) <= bits * elements + 1e-6
     best = min(sum(costs[p][spec] for p, spec in zip(places, specs)) for specs in fitting)
     assert sum(costs[p][spec] for p, spec in found.items()) == pytest.approx(best)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_spread_within_a_limit_of_bytes(data):
+    """No choice of at most as many bytes as the one found loses less."""
+    places, sizes = [(layer, role) for layer in range(2) for role in ("key", "value")], {"key": 16, "value": 16}
+    costs = {p: {spec: data.draw(st.floats(0, 10)) for spec in RATES} for p in places}
+    stored = {p: {spec: data.draw(st.integers(1, 9)) * 1000 for spec in RATES} for p in places}
+    most = data.draw(st.integers(3, 36)) * 1000
+
+    def total(what, specs):
+        return sum(what[p][spec] for p, spec in zip(places, specs))
+
+    def allowed(bytes_):
+        return [
+            s
+            for s in itertools.product(*(costs[p] for p in places))
+            if total(stored, s) <= bytes_ and sum(8 * spec.bytes_per_vector(16) for spec in s) <= 2 * 64
+        ]
+
+    if not allowed(most):
+        with pytest.raises(ValueError, match=f"{most:,} bytes are too few: the smallest tables"):
+            spread_within(costs, sizes, 2.0, stored, most)
+        return
+    found = spread_within(costs, sizes, 2.0, stored, most)
+    assert list(found) == places and tuple(found.values()) in allowed(most)
+    best = min(total(costs, s) for s in allowed(total(stored, found.values())))
+    assert total(costs, found.values()) == pytest.approx(best, abs=1e-6)
+    if len(allowed(most)) == len(allowed(10**9)):
+        assert found == spread_bits(costs, sizes, 2.0)
 
 
 def test_divergence_is_that_of_torch():

@@ -205,7 +205,10 @@ def calibrate(
     ] = None,
     max_table_mb: Annotated[
         float | None,
-        typer.Option(help="With --from: leave out residual stages that matter least, until tables take so many MB."),
+        typer.Option(
+            help="The most that tables may take. With --mixed: a limit of the spread. With --from: the residual stages "
+            "that matter least are left out."
+        ),
     ] = None,
     settings: Settings = None,
     device: Device = "auto",
@@ -251,14 +254,16 @@ def calibrate(
         given = AnTKVCodebook.from_pretrained(start)
         if max_table_mb is not None:
             given = drop_stages(given, int(max_table_mb * 1e6))
-    elif max_table_mb is not None:
-        raise ValueError("--max-table-mb makes an existing codebook smaller: name it with --from")
+    elif max_table_mb is not None and not mixed:
+        raise ValueError(
+            "--max-table-mb is a limit of --mixed, or makes an existing codebook smaller: name it with --from"
+        )
     wanted = bits or ([] if mixed else ["1"])
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings, layer_bits) for b in wanted]
     runs: list[tuple[str, AnTKVConfig, Mixed | None]] = [
         (f"{b.removesuffix('bit')}bit", config, None) for b, config in zip(wanted, configs, strict=True)
     ]
-    runs += _mixed_runs(mixed, candidate, sensitivity, sensitivity_windows, settings)
+    runs += _mixed_runs(mixed, candidate, sensitivity, sensitivity_windows, settings, max_table_mb)
     if mixed and (key_bits or value_bits or layer_bits) and not bits:
         raise ValueError(
             "--mixed chooses the bits of keys, values and layers: leave --key-bits, --value-bits and "

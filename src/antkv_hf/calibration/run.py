@@ -132,9 +132,7 @@ def calibrate(
     described = describe_model(model.config.get_text_config(decoder=True), base_model)
     check_sizes(_wanted(config, mixed, rotary), described, rotary, tokens, window, samples)
     if mixed is not None:
-        check_spread(
-            mixed, rotary, {"key": described["head_dim"], "value": described["value_dim"]}, window, config.anchors.sinks
-        )
+        check_spread(mixed, rotary, described, window, config.anchors.sinks)
     windows = mix_windows(tokenizer, mix, window, tokens // window, seed)
     plan = _Plan(described, rotary, windows, _sampled_positions(len(windows), window, samples, seed))
     with ExitStack() as stack:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -30,11 +29,11 @@ from ..rotary import Rotary
 from ..specs import VQSpec, spec_for
 from .noise import with_noise
 from .processes import Processes
+from .spread import Place, spread_bits, spread_within
 from .work_folder import WorkFolder, save_json
 
 ROLES = ("key", "value")
 _LOGIT_ROWS = 256  # rows of logits compared at a time
-Place = tuple[int, str]  # layer, role
 Costs = dict[Place, dict[VQSpec, float]]
 
 
@@ -48,6 +47,8 @@ class Mixed:
         windows: calibration windows on which losses are measured, taken evenly from all; more make losses surer.
         protocol: ``S<n>`` (the last n keys exact; 128 unless told, whatever the window of the config) or ``W0`` (every
             key and value quantized).
+        max_table_bytes: the most that the tables may take, as stored; None: any size. Residual candidates take a table
+            a stage, so within a limit they go where they gain most for their bytes.
 
     Raises:
         ValueError: bits that are no number, no candidate as small as `bits`, no window, a protocol that is not a
@@ -58,6 +59,7 @@ class Mixed:
     candidates: tuple[str, ...] = ("0.5", "1", "2", "4")
     windows: int = 4
     protocol: str = "S128"
+    max_table_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.bits):
@@ -86,50 +88,11 @@ class Mixed:
         return [spec for spec in self.specs if spec.bits_per_element <= self.bits][-1]
 
 
-def spread_bits(
-    costs: Mapping[Place, Mapping[VQSpec, float]], sizes: Mapping[str, int], bits: float
-) -> dict[Place, VQSpec]:
-    """The choice of one spec for each place whose losses sum to the least, at no more than `bits` on average. Exact.
-
-    Args:
-        costs: loss of each candidate in each place.
-        sizes: head size of keys and of values, by role; codes are counted in whole bytes of a vector, as stored.
-        bits: bits per element on average.
-
-    Raises:
-        ValueError: even the smallest candidates take more.
-    """
-    places = sorted(costs)
-    taken = [[(spec, spec.bytes_per_vector(sizes[role])) for spec in costs[layer, role]] for layer, role in places]
-    unit = math.gcd(*(size for options in taken for _, size in options))
-    elements = sum(sizes[role] for _, role in places)
-    room = math.floor(bits * elements / 8 / unit + 1e-9)
-    if (least := sum(min(size for _, size in options) for options in taken)) > room * unit:
-        raise ValueError(
-            f"{bits:g} bits on average cannot be kept: the smallest candidates take {8 * least / elements:g}; raise "
-            "the bits, or add a smaller candidate"
-        )
-    best = np.zeros(room + 1)  # least loss of the places so far, by units left to spend on them
-    chosen = np.zeros((len(places), room + 1), dtype=np.int64)
-    for i, (place, options) in enumerate(zip(places, taken)):
-        losses = np.full((len(options), room + 1), np.inf)
-        for j, (spec, size) in enumerate(options):
-            units = size // unit
-            if units <= room:
-                losses[j, units:] = best[: room + 1 - units] + costs[place][spec]
-        chosen[i] = losses.argmin(0)
-        best = losses.min(0)
-    found, left = {}, room
-    for i in reversed(range(len(places))):
-        spec, size = taken[i][chosen[i, left]]
-        found[places[i]] = spec
-        left -= size // unit
-    return dict(sorted(found.items()))
-
-
-def check_spread(mixed: Mixed, layers: Iterable[int], sizes: Mapping[str, int], window: int, sinks: int) -> None:
-    """Raises ValueError, as `spread_bits`, if `layers` of these head sizes cannot have so few bits: codes of a vector
-    are padded to whole bytes. Also if nothing in a calibration `window` of so many tokens would be quantized."""
+def check_spread(mixed: Mixed, layers: Collection[int], described: Mapping[str, Any], window: int, sinks: int) -> None:
+    """Raises ValueError, as `spread_bits`, if `layers` of this model cannot have so few bits: codes of a vector are
+    padded to whole bytes. Also if no tables are as small as wanted, or if nothing in a calibration `window` of so many
+    tokens would be quantized."""
+    sizes = {"key": described["head_dim"], "value": described["value_dim"]}
     exact = Protocol.parse(mixed.protocol).window
     if exact and window <= exact + sinks:
         raise ValueError(
@@ -138,6 +101,14 @@ def check_spread(mixed: Mixed, layers: Iterable[int], sizes: Mapping[str, int], 
             f"{exact + sinks}, or measure by W0"
         )
     spread_bits({(i, role): dict.fromkeys(mixed.specs, 0.0) for i in layers for role in ROLES}, sizes, mixed.bits)
+    # Centroids of a stage hold the whole head, whatever the size of its sub-vectors; bases and noise come on top.
+    rows = min(2**spec.code_bits * spec.stages for spec in mixed.specs)
+    least = 2 * rows * described["kv_heads"] * sum(sizes.values()) * len(layers)
+    if mixed.max_table_bytes is not None and least > mixed.max_table_bytes:
+        raise ValueError(
+            f"tables of at most {mixed.max_table_bytes:,} bytes cannot be had: the smallest candidates of "
+            f"{len(layers)} layers have {least:,} bytes of centroids; allow more, or skip layers"
+        )
 
 
 def layer_specs(found: Mapping[Place, VQSpec]) -> dict[int, tuple[VQSpec, VQSpec]]:
@@ -203,8 +174,15 @@ def search(
     costs = {(i, role): {spec: known[i][role][str(spec)] for spec in mixed.specs} for i in files for role in ROLES}
     sizes = {"key": described["head_dim"], "value": described["value_dim"]}
     chosen = spread_bits(costs, sizes, mixed.bits)
+    if mixed.max_table_bytes is not None:
+        stored = {
+            place: {spec: _stored_bytes(folder.read_tables(*place, spec)[0], fresh is not None) for spec in options}
+            for place, options in costs.items()
+        }
+        chosen = spread_within(costs, sizes, mixed.bits, stored, mixed.max_table_bytes)
     record = {
         "bits": mixed.bits,
+        **({} if mixed.max_table_bytes is None else {"max_table_bytes": mixed.max_table_bytes}),
         "protocol": mixed.protocol,
         "windows": f"{len(rows)} x {rows.shape[1]}",
         "unit": "KL, nats a token",
@@ -219,6 +197,13 @@ def search(
         },
     }
     return config.replace(layer_specs=layer_specs(chosen)), record
+
+
+def _stored_bytes(tables: VQTables, has_noise: bool) -> int:
+    """Bytes of a layer's tables in a codebook; those in the folder have no noise yet."""
+    heads, groups, _, _, sub_dim = tables.centroids.shape
+    noise = heads * groups * sub_dim**2 * 4 if has_noise and tables.permutation is not None else 0
+    return noise + sum(t.numel() * t.element_size() for t in tables.tensors().values())
 
 
 def measured(
