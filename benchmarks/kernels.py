@@ -1,6 +1,7 @@
 """Times of the kernels on one layer of Llama-3-8B's shape, side by side with PyTorch's attention. Needs a CUDA GPU.
 
     PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/kernels.py --out FOLDER [--parts decode] [--bits 1 2 0.5]
+        [--specs d8b8s2/d8b8 d32b8] [--head-dim 64]
 
 Writes FOLDER/kernels.csv and, where matplotlib is installed, FOLDER/kernels.png; `benchmarks/README.md` explains the
 columns. Decode attention is compared with the reference first; nothing is timed if it differs.
@@ -36,7 +37,7 @@ from antkv_hf.config import VQSpec
 from antkv_hf.reference.attention import Visibility, attention
 from antkv_hf.storage import ENCODE_BLOCK, ExactTokens, Snapshot
 
-DTYPE, SCALE = torch.bfloat16, HEAD_DIM**-0.5
+DTYPE = torch.bfloat16
 DECODE = [(1, 4096), (1, 32768), (1, 131072), (1, 524288), (16, 4096), (16, 32768), (16, 131072), (128, 4096)]
 PREFILL = [8192, 32768]
 QUICK_DECODE, QUICK_PREFILL = [(1, 32768), (16, 4096)], [8192]
@@ -47,18 +48,21 @@ INPUT_BYTES = 150e6  # of a competitor's inputs together: three times the L2 cac
 ROUNDS = dict(rounds=5, round_ms=5.0)
 BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 DECODERS = {"Triton": decode_attention, "CUDA": cuda_decode.decode_attention}
+DENSE = "none"  # the spec of what reads no codes
 Calls = Sequence[Callable[[], object]]
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
 def decoders(codec: LayerCodec) -> dict[str, Callable]:
     """Those of DECODERS that have a kernel for these codes on this GPU."""
-    found = dict(DECODERS)
-    try:
-        cuda_decode.check_tables(*layer_tables(codec, DTYPE))
-        obstacle = cuda_decode.obstacle(codec.key.mean.device)
-    except ValueError as error:
-        obstacle = str(error)
+    found, device = dict(DECODERS), codec.key.mean.device
+    obstacle = cuda_decode.obstacle(device)
+    if obstacle is None:
+        memory = cuda_decode.shared_memory(device)
+        try:
+            cuda_decode.find_shape(*layer_tables(codec, DTYPE), Q_HEADS // KV_HEADS, False, memory)
+        except ValueError as error:
+            obstacle = str(error)
     if obstacle is not None:
         print(f"no CUDA kernel: {obstacle}")
         del found["CUDA"]
@@ -67,14 +71,14 @@ def decoders(codec: LayerCodec) -> dict[str, Callable]:
 
 def check_decode(codec: LayerCodec, batch: int, n: int) -> dict[str, float]:
     """Difference of each decoder from the reference over the same past, relative to the largest output value."""
-    past = random_past(codec, batch, n)
-    query, tail = _query(batch, past.offset.device), _tail(batch, past.offset.device)
+    past, dim = random_past(codec, batch, n), codec.key.head_dim
+    query, tail = _query(batch, dim, past.offset.device), _tail(batch, dim, past.offset.device)
     exact = tuple(ExactTokens(*tokens) for tokens in past.exact)
     snapshot = Snapshot(codec, past.key_codes, past.value_codes, exact, *tail, past.offset, past.exact_bits)
-    expected, _ = attention(snapshot, query, Visibility(None, False, 1, snapshot.length), SCALE)
+    expected, _ = attention(snapshot, query, Visibility(None, False, 1, snapshot.length), dim**-0.5)
     expected, errors = expected.flatten(1, 2), {}
     for name, decode in decoders(codec).items():
-        out, _ = decode(query, past, *tail, scale=SCALE)
+        out, _ = decode(query, past, *tail, scale=dim**-0.5)
         errors[name] = ((out.float() - expected).abs().max() / expected.abs().max()).item()
     return errors
 
@@ -89,50 +93,55 @@ def decode_bytes(past: QuantizedPast, query: torch.Tensor, tail: Sequence[torch.
     return sum(tensor.nbytes for tensor in read)
 
 
-def decode_rows(codecs: dict[float, LayerCodec], batch: int, n: int) -> list[dict]:
-    """Rows of one batch and length: ours at each of the bits, and SDPA over bfloat16 keys and values."""
-    device = next(iter(codecs.values())).key.mean.device
-    dense_bytes = 2 * batch * KV_HEADS * (n + WINDOW) * HEAD_DIM * DTYPE.itemsize
-    needed = 1.1 * max(dense_bytes, INPUT_BYTES) + len(codecs) * max(dense_bytes / 4, INPUT_BYTES) + (1 << 30)
+def decode_rows(codecs: dict[str, LayerCodec], batch: int, n: int) -> list[dict]:
+    """Rows of one batch and length: ours with each of the specs, and SDPA over bfloat16 keys and values."""
+    device, dim = _place(codecs)
+    dense_bytes = 2 * batch * KV_HEADS * (n + WINDOW) * dim * DTYPE.itemsize
+    needed = 1.1 * max(dense_bytes, INPUT_BYTES) + len(codecs) * max(dense_bytes / 2, INPUT_BYTES) + (1 << 30)
     if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
         print(f"decode, batch {batch} x {n} tokens: left out, {needed / 1e9:.0f} GB do not fit {free / 1e9:.0f} GB")
         return []
-    query = _query(batch, device)
-    sizes, competitors = {}, {}
-    for bits, codec in codecs.items():
+    query = _query(batch, dim, device)
+    sizes, competitors = {DENSE: dense_bytes}, {}
+    for spec, codec in codecs.items():
         inputs = [_with_own_tables(random_past(codec, batch, n))]
-        sizes[bits] = decode_bytes(inputs[0], query, _tail(batch, device))
-        inputs += [_with_own_tables(random_past(codec, batch, n)) for _ in range(_copies(sizes[bits]) - 1)]
+        sizes[spec] = decode_bytes(inputs[0], query, _tail(batch, dim, device))
+        inputs += [_with_own_tables(random_past(codec, batch, n)) for _ in range(_copies(sizes[spec]) - 1)]
         for name, decode in decoders(codec).items():
-            competitors[f"decode_attention {name}", bits] = [
-                partial(decode, query, past, *_tail(batch, device), scale=SCALE) for past in inputs
+            competitors[f"decode_attention {name}", spec] = [
+                partial(decode, query, past, *_tail(batch, dim, device), scale=dim**-0.5) for past in inputs
             ]
-    dense = [_dense(batch, n + WINDOW, device) for _ in range(_copies(dense_bytes))]
+    dense = [_dense(batch, n + WINDOW, dim, device) for _ in range(_copies(dense_bytes))]
     for name, backend in BACKENDS.items():
         calls = [partial(_sdpa, backend, query, *pair) for pair in dense]
         if _runs(name, calls[0]):
-            competitors[name, 16] = calls
+            competitors[name, DENSE] = calls
     times = time_side_by_side(competitors, **ROUNDS)
     best = min((t.median for (name, _), t in times.items() if name in BACKENDS), default=None)
     rows = []
-    for (name, bits), time in times.items():
-        size = sizes.get(bits, dense_bytes) if name not in BACKENDS else dense_bytes
-        speedup = None if best is None else best / time.median
-        rows.append(_row(name, batch, n, bits, time, size / READ_SPEED * 1e6, speedup, None, size))
+    for (name, spec), time in times.items():
+        size, speedup = sizes[spec], None if best is None else best / time.median
+        rows.append(_row(name, batch, n, spec, codecs, time, size / READ_SPEED * 1e6, speedup, None, size))
     return rows
 
 
-def _query(batch: int, device: torch.device) -> torch.Tensor:
-    return torch.randn(batch, 1, Q_HEADS, HEAD_DIM, device=device, dtype=DTYPE).transpose(1, 2)
+def _place(codecs: dict[str, LayerCodec]) -> tuple[torch.device, int]:
+    """Device and head size of the codecs."""
+    key = next(iter(codecs.values())).key
+    return key.mean.device, key.head_dim
 
 
-def _dense(batch: int, n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    keys, values = (torch.randn(batch, KV_HEADS, n, HEAD_DIM, device=device, dtype=DTYPE) for _ in range(2))
+def _query(batch: int, dim: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(batch, 1, Q_HEADS, dim, device=device, dtype=DTYPE).transpose(1, 2)
+
+
+def _dense(batch: int, n: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = (torch.randn(batch, KV_HEADS, n, dim, device=device, dtype=DTYPE) for _ in range(2))
     return keys, values
 
 
-def _tail(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return _dense(batch, WINDOW, device)
+def _tail(batch: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return _dense(batch, WINDOW, dim, device)
 
 
 def _copies(size: int) -> int:
@@ -164,30 +173,31 @@ def _runs(name: str, call: Callable[[], object]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------- prefill
-def prefill_rows(codecs: dict[float, LayerCodec], n: int) -> list[dict]:
+def prefill_rows(codecs: dict[str, LayerCodec], n: int) -> list[dict]:
     """Rows of what a prompt of `n` tokens costs a layer besides its attention, each against that attention."""
-    device = next(iter(codecs.values())).key.mean.device
-    query = torch.randn(1, n, Q_HEADS, HEAD_DIM, device=device, dtype=DTYPE).transpose(1, 2)
-    keys, values = _dense(1, n, device)
+    device, dim = _place(codecs)
+    scale = dim**-0.5
+    query = torch.randn(1, n, Q_HEADS, dim, device=device, dtype=DTYPE).transpose(1, 2)
+    keys, values = _dense(1, n, dim, device)
     offset = torch.zeros(1, dtype=torch.int64, device=device)
-    output, lse = exact_attention(query, keys, values, scale=SCALE, causal_offset=0)
-    columns = dict(scale=SCALE, first_column=0, kv_len=n)
-    competitors: dict[tuple[str, float], Calls] = {
-        ("flash attention", 16): [partial(exact_attention, query, keys, values, scale=SCALE, causal_offset=0)]
+    output, lse = exact_attention(query, keys, values, scale=scale, causal_offset=0)
+    columns = dict(scale=scale, first_column=0, kv_len=n)
+    competitors: dict[tuple[str, str], Calls] = {
+        ("flash attention", DENSE): [partial(exact_attention, query, keys, values, scale=scale, causal_offset=0)]
     }
     for term, stride in (*(("squared_attention", s) for s in (1, 8, 16)), ("anchor_score", 16)):
         call = partial(column_statistic, term, query, keys, values, output, lse, stride=stride, **columns)
-        competitors[f"column_statistic {term} stride {stride}", 16] = [call]
-    competitors["query_moment", 16] = [partial(query_moment, query, SCALE, KV_HEADS, None, n)]
-    for bits, codec in codecs.items():
+        competitors[f"column_statistic {term} stride {stride}", DENSE] = [call]
+    competitors["query_moment", DENSE] = [partial(query_moment, query, scale, KV_HEADS, None, n)]
+    for spec, codec in codecs.items():
         for name, step in ((f"encode in blocks of {ENCODE_BLOCK}", ENCODE_BLOCK), ("encode at once", n)):
-            competitors[name, bits] = [partial(_encode, codec, keys, values, offset, step)]
-        scratch = _dense(1, SEGMENT, device)
+            competitors[name, spec] = [partial(_encode, codec, keys, values, offset, step)]
+        scratch = _dense(1, SEGMENT, dim, device)
         call = partial(dequantize, random_past(codec, 1, SEGMENT), 0, SEGMENT, DTYPE, out=scratch)
-        competitors[f"dequantize {SEGMENT} tokens", bits] = [call]
+        competitors[f"dequantize {SEGMENT} tokens", spec] = [call]
     times = time_side_by_side(competitors, **ROUNDS)
-    flash = times["flash attention", 16].median
-    return [_row(name, 1, n, bits, t, None, None, t.median / flash, None) for (name, bits), t in times.items()]
+    flash = times["flash attention", DENSE].median
+    return [_row(name, 1, n, spec, codecs, t, None, None, t.median / flash, None) for (name, spec), t in times.items()]
 
 
 def _encode(codec: LayerCodec, keys: torch.Tensor, values: torch.Tensor, offset: torch.Tensor, step: int) -> None:
@@ -199,12 +209,15 @@ def _encode(codec: LayerCodec, keys: torch.Tensor, values: torch.Tensor, offset:
 
 # ------------------------------------------------------------------------------------------------------------- results
 def _row(
-    kernel: str, batch: int, n: int, bits: float, time: Timing, floor: float | None, speedup: float | None,
-    over_flash: float | None, size: int | None,
+    kernel: str, batch: int, n: int, spec: str, codecs: dict[str, LayerCodec], time: Timing, floor: float | None,
+    speedup: float | None, over_flash: float | None, size: int | None,
 ) -> dict:  # fmt: skip
+    codec = codecs.get(spec)  # None: keys and values as they are
+    bits = 16 if codec is None else (codec.key.bits_per_element + codec.value.bits_per_element) / 2
     return dict(
-        kernel=kernel, batch=batch, n=n, bits=bits, median_us=time.median, fastest_us=time.fastest,
-        slowest_us=time.slowest, speedup_over_sdpa=speedup, time_over_flash=over_flash, floor_us=floor, bytes=size,
+        kernel=kernel, batch=batch, n=n, head_dim=_place(codecs)[1], spec=spec, bits=bits, median_us=time.median,
+        fastest_us=time.fastest, slowest_us=time.slowest, speedup_over_sdpa=speedup, time_over_flash=over_flash,
+        floor_us=floor, bytes=size,
     )  # fmt: skip
 
 
@@ -219,14 +232,14 @@ def plot(rows: list[dict], path: Path) -> None:
     for row in rows:
         if row["kernel"] in (*BACKENDS, "flash attention"):
             continue
-        bits = f", {row['bits']:g} bit" if row["bits"] != 16 else ""
+        spec = f", {row['spec']}" if row["spec"] != DENSE else ""
         for column, title in (
             ("speedup_over_sdpa", f"decode, batch {row['batch']}: speedup over the best SDPA"),
             ("time_over_flash", "prefill: time over flash attention's"),
         ):
             if row[column] is not None:
                 lines = panels.setdefault(title, {})
-                lines.setdefault(row["kernel"] + bits, []).append((row["n"], row[column]))
+                lines.setdefault(row["kernel"] + spec, []).append((row["n"], row[column]))
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for label, points in lines.items():
@@ -249,21 +262,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of kernels.csv and kernels.png")
     parser.add_argument("--parts", default="decode,prefill", help="decode, prefill or both")
     parser.add_argument("--quick", action="store_true", help="two decode shapes and one prompt only")
-    parser.add_argument("--bits", type=float, nargs="+", default=[1.0], help="presets of VQSpec.for_bits")
+    parser.add_argument(
+        "--bits", type=float, nargs="+", help="presets of VQSpec.for_bits (1, unless there are --specs)"
+    )
+    parser.add_argument("--specs", nargs="+", default=[], help="specs such as d8b8s2, or keys/values: d8b8s2/d8b8")
+    parser.add_argument("--head-dim", type=int, default=HEAD_DIM, help=f"channels of a head ({HEAD_DIM})")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("the kernels are timed with CUDA graphs: this needs a CUDA GPU")
-    run(arguments.out, arguments.bits, "cuda", arguments.quick, arguments.parts.split(","))
+    bits = arguments.bits or ([] if arguments.specs else [1.0])
+    specs = [*(str(VQSpec.for_bits(b)) for b in bits), *arguments.specs]
+    run(arguments.out, specs, arguments.head_dim, "cuda", arguments.quick, arguments.parts.split(","))
 
 
 @torch.no_grad()
-def run(out: Path, bits: list[float], device: str, quick: bool, parts: Sequence[str] = ("decode", "prefill")) -> None:
+def run(
+    out: Path, specs: Sequence[str], head_dim: int, device: str, quick: bool,
+    parts: Sequence[str] = ("decode", "prefill"),
+) -> None:  # fmt: skip
     torch.manual_seed(0)
-    codecs = {b: random_codec(str(VQSpec.for_bits(b)), device=device) for b in bits}
-    for b, codec in codecs.items():
+    codecs = {spec: random_codec(spec, device=device, head_dim=head_dim) for spec in specs}
+    for spec, codec in codecs.items():
         for batch, n in CHECKED:
             for name, error in check_decode(codec, batch, n).items():
-                print(f"{name}, {b:g} bit, batch {batch} x {n}: off by {error:.1e} of the largest output value")
+                print(f"{name}, {spec}, batch {batch} x {n}: off by {error:.1e} of the largest output value")
                 if not error <= TOLERANCE:
                     sys.exit(f"decode attention is wrong (more than {TOLERANCE:g}): nothing was timed")
     rows: list[dict] = []

@@ -1,4 +1,5 @@
-"""Synthetic layers of the shape of Llama-3-8B for benchmarks: 32 query heads, 8 kv heads, head size 128, bfloat16."""
+"""Synthetic layers of the shape of Llama-3-8B for benchmarks: 32 query heads, 8 kv heads, bfloat16; head size 128,
+unless another is asked for."""
 
 from __future__ import annotations
 
@@ -38,11 +39,13 @@ def random_tables(
     return key, VQTables(centroids[1], mean, synthesis=basis)
 
 
-def random_codec(spec: str, seed: int = 0, device: str = "cuda") -> LayerCodec:
-    """A layer's codec on `random_tables`."""
-    vq = VQSpec.parse(spec)
-    codecs = [VectorQuantizer(vq, tables, device) for tables in random_tables(vq, seed=seed)]
-    return LayerCodec(*codecs, rotary=llama_rotary().to(torch.device(device)))
+def random_codec(spec: str, seed: int = 0, device: str = "cuda", head_dim: int = HEAD_DIM) -> LayerCodec:
+    """A layer's codec on `random_tables`; `spec` is that of keys and values, or both as in ``d8b8s2/d8b8``."""
+    keys, _, values = spec.partition("/")
+    specs = VQSpec.parse(keys), VQSpec.parse(values or keys)
+    tables = [random_tables(vq, head_dim=head_dim, seed=seed)[role] for role, vq in enumerate(specs)]
+    codecs = [VectorQuantizer(*pair, device) for pair in zip(specs, tables)]
+    return LayerCodec(*codecs, rotary=llama_rotary(head_dim).to(torch.device(device)))
 
 
 def random_past(codec: LayerCodec, batch: int, length: int) -> QuantizedPast:
@@ -57,8 +60,9 @@ def random_past(codec: LayerCodec, batch: int, length: int) -> QuantizedPast:
     places = torch.rand(batch, KV_HEADS, length // CHUNK, CHUNK, device=device)
     places[:, :, 0, :SINKS] = -1
     best = places.topk(ANCHORS_PER_CHUNK, -1).indices + torch.arange(0, length, CHUNK, device=device).unsqueeze(1)
-    anchors = _tokens(best.flatten(-2).sort(-1).values, torch.int8)
-    sinks = _tokens(torch.arange(SINKS, device=device).expand(batch, KV_HEADS, SINKS), torch.bfloat16)
+    head_dim = codec.key.head_dim
+    anchors = _tokens(best.flatten(-2).sort(-1).values, head_dim, torch.int8)
+    sinks = _tokens(torch.arange(SINKS, device=device).expand(batch, KV_HEADS, SINKS), head_dim, torch.bfloat16)
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
     for tokens in (anchors, sinks):
         mask.scatter_(2, tokens.positions.long(), True)
@@ -67,8 +71,8 @@ def random_past(codec: LayerCodec, batch: int, length: int) -> QuantizedPast:
     return QuantizedPast(*codes, key_tables, value_tables, (sinks, anchors), bits, offset)
 
 
-def _tokens(positions: torch.Tensor, dtype: torch.dtype) -> ExactTokens:
-    shape = (*positions.shape, HEAD_DIM)
+def _tokens(positions: torch.Tensor, head_dim: int, dtype: torch.dtype) -> ExactTokens:
+    shape = (*positions.shape, head_dim)
     keys, values = (torch.randn(shape, device=positions.device) for _ in range(2))
     positions = positions.to(torch.int32).contiguous()
     if dtype != torch.int8:

@@ -27,16 +27,13 @@ class CudaBackend(TritonBackend):
 
     def __init__(self, codec: LayerCodec, dtype: torch.dtype):
         super().__init__(codec, dtype)
-        device = self.key_tables.mean.device
+        memory = cuda_decode.shared_memory(self.key_tables.mean.device)
         if dtype not in cuda_decode.SIXTEEN_BITS:
             raise UnsupportedTables(f"a {dtype} model has no CUDA kernel: float16 and bfloat16 ones have")
         try:
-            shape = cuda_decode.find_shape(self.key_tables, self.value_tables, 1, softcap=False)
+            cuda_decode.find_shape(self.key_tables, self.value_tables, 1, softcap=False, shared_memory=memory)
         except ValueError as error:
             raise UnsupportedTables(str(error)) from error
-        if not cuda_decode.fits_memory(shape, device):
-            name, size = torch.cuda.get_device_name(device), cuda_decode.shared_bytes(shape)
-            raise UnsupportedTables(f"{name} gives a block less than the {size} bytes of shared memory it needs")
 
     def decode_attention(self, query, past, tail_keys, tail_values, *, mask=None, **options):
         few = past.length * query.shape[0] < MIN_TOKENS

@@ -1,8 +1,8 @@
 """Decode attention in CUDA C++ (cuda/*.cu), compiled at first use by NVRTC: no nvcc and no compiler is needed.
 
-It computes what `decode_attention.decode_attention` does, for 8-bit codes of 2, 4, 8 or 16 channels (keys and values
-may differ), heads of 64 or 128 channels and up to 8 query rows a kv head; whoever asks for more gets a `ValueError`
-that says what has a kernel.
+It computes what `decode_attention.decode_attention` does, for 8-bit codes of 2 to 32 channels in one to three stages
+(keys and values may differ) whose tables fit the shared memory of a block, heads of 64 or 128 channels and up to 8
+query rows a kv head; whoever asks for more gets a `ValueError` that says what has a kernel.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from .merge_splits import merge_splits
 from .past import ExactTokens, QuantizedPast
 from .tables import KeyTables, ValueTables
 
-SOURCES = ("warp.cuh", "layout.cuh", "decode_codes.cuh", "decode_exact.cuh", "decode_attention.cu")
+SOURCES = ("warp.cuh", "layout.cuh", "packed_codes.cuh", "decode_codes.cuh", "decode_exact.cuh", "decode_attention.cu")
 FOLDER = Path(__file__).parent / "cuda"
 MAX_ROWS = 8
 HEAD_DIMS = (64, 128)
-SUB_DIMS = (2, 4, 8, 16)  # channels of a code
+SUB_DIMS = (2, 4, 8, 16, 32)  # channels of a code
+MAX_STAGES = 3
+SHARED_MEMORY = 232448  # bytes that a block of an H100, H200 or B200 can have
 MIN_CAPABILITY = (8, 0)
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 LOG2E = math.log2(math.e)
@@ -65,7 +67,10 @@ class Shape(NamedTuple):
     head_dim: int
     row_groups: int
     key_dim: int
+    key_stages: int
     value_dim: int
+    value_stages: int
+    value_copies: int
     warps: int
     rotates: bool
     softcap: bool
@@ -85,22 +90,44 @@ def check_tables(keys: KeyTables, values: ValueTables) -> None:
     require(dim == value_dim and dim in HEAD_DIMS, f"head sizes {dim} and {value_dim}; both {HEAD_DIMS} have a kernel")
     require(keys.centroids.dtype == torch.float16, f"{keys.centroids.dtype} centroids; float16 ones have a kernel")
     for codes in (keys.codes, values.codes):
-        fits = codes.code_bits == 8 and codes.stages == 1 and codes.sub_dim in SUB_DIMS
+        fits = codes.code_bits == 8 and codes.sub_dim in SUB_DIMS
+        fits = fits and codes.stages <= (MAX_STAGES if codes.sub_dim > 2 else 1)
         require(
             fits,
-            f"{codes.stages} codes of {codes.code_bits} bits for {codes.sub_dim} channels have no CUDA kernel; "
-            f"one code of 8 bits for {', '.join(map(str, SUB_DIMS))} channels has",
+            f"codes of {codes.code_bits} bits in {codes.stages} stages for {codes.sub_dim} channels have no CUDA "
+            f"kernel; 8 bits for {', '.join(map(str, SUB_DIMS))} channels have, in up to {MAX_STAGES} stages (for 2 "
+            "channels one)",
         )
 
 
-def find_shape(keys: KeyTables, values: ValueTables, rows: int, softcap: bool) -> Shape:
-    """The kernel for `rows` query rows a kv head; raises ValueError if there is none."""
+def find_shape(
+    keys: KeyTables, values: ValueTables, rows: int, softcap: bool, shared_memory: int = SHARED_MEMORY
+) -> Shape:
+    """The kernel for `rows` query rows a kv head on a GPU that gives a block so many bytes of shared memory.
+
+    Raises:
+        ValueError: if there is none.
+    """
     check_tables(keys, values)
     require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; 1 to {MAX_ROWS} have a kernel")
-    dims = keys.codes.sub_dim, values.codes.sub_dim
+    key, value = keys.codes, values.codes
     # More warps would have fewer registers than a lane's angles, codes and sums take.
-    warps = 12 if rows <= 4 and min(dims) > 2 else 8
-    return Shape(keys.mean.shape[1], 1 if rows <= 4 else 2, *dims, warps, keys.rotates, softcap)
+    warps = 12 if rows <= 4 and min(key.sub_dim, value.sub_dim) > 2 else 8
+    shape = Shape(
+        keys.mean.shape[1], 1 if rows <= 4 else 2, key.sub_dim, key.stages, value.sub_dim, value.stages, 1, warps,
+        keys.rotates, softcap,
+    )  # fmt: skip
+    # The tables of two stages are read without bank conflicts, and so is one of which there are two.
+    doubled = shape._replace(value_copies=1 + value.stages % 2)
+    if shared_bytes(doubled) <= shared_memory:
+        return doubled
+    needed = shared_bytes(shape)
+    require(
+        needed <= shared_memory,
+        f"{key.stages} stages of keys and {value.stages} of values at head size {shape.head_dim} take {needed} bytes "
+        f"of shared memory a block, of which there are {shared_memory}",
+    )
+    return shape
 
 
 def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> tuple[int, int]:
@@ -182,7 +209,7 @@ def source(shape: Shape) -> str:
 def shared_bytes(shape: Shape) -> int:
     """`Shape::BYTES` of layout.cuh: shared memory of a block."""
     dim, rows, warps = shape.head_dim, 4 * shape.row_groups, shape.warps
-    tables = (dim // 64 + dim // 32) * 32768 + 7 * dim
+    tables = (shape.key_stages + shape.value_stages - 1 + shape.value_copies) * 512 * dim + 7 * dim
     queries = 2 * (16 // shape.row_groups) * dim * rows * 2
     return tables + max(queries, 2 * warps * rows * 4 + warps * rows * dim * 4)
 
@@ -244,17 +271,15 @@ def _check(answer: tuple[Any, ...]) -> None:
         raise RuntimeError(f"the CUDA driver answered {answer[0]!r}")
 
 
-def fits_memory(shape: Shape, device: torch.device) -> bool:
-    """Whether a GPU gives a block as much shared memory as the kernel needs."""
-    return shared_bytes(shape) <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block of this GPU can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache
-def _fits(shape: Shape, device_index: int) -> bool:
-    """Whether a kernel can be had for this GPU; warns if it fits but does not compile."""
+def _compiles(shape: Shape, device_index: int) -> bool:
+    """Whether a kernel can be had for this GPU; warns if it does not compile."""
     if obstacle(torch.device("cuda", device_index)) is not None:
-        return False
-    if not fits_memory(shape, torch.device("cuda", device_index)):
         return False
     try:
         load_kernel(shape, device_index)
@@ -276,7 +301,11 @@ def takes(query: torch.Tensor, past: QuantizedPast, softcap: bool) -> bool:
         return False
     if not _exact_fits(past, query.dtype):
         return False
-    return _fits(find_shape(past.key_tables, past.value_tables, rows, softcap), query.device.index or 0)
+    try:
+        shape = find_shape(past.key_tables, past.value_tables, rows, softcap, shared_memory(query.device))
+    except ValueError:
+        return False
+    return _compiles(shape, query.device.index or 0)
 
 
 def launch(kernel: Kernel, arguments: Arguments, shape: Shape) -> None:
@@ -320,7 +349,8 @@ def decode_attention(
     for name, x in (("query", query), ("tail", tail_keys)):
         require(x.dtype in SIXTEEN_BITS, f"the {name} is {x.dtype}; float16 or bfloat16 is needed")
     require(_exact_fits(past, tail_keys.dtype), f"exact tokens must be int8 or {tail_keys.dtype}, as the tail is")
-    shape = find_shape(past.key_tables, past.value_tables, rows, softcap is not None)
+    memory = shared_memory(query.device)
+    shape = find_shape(past.key_tables, past.value_tables, rows, softcap is not None, memory)
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     splits, blocks = plan(shape, past.length, batch, heads, processors)
     options = dict(device=query.device, dtype=torch.float32)

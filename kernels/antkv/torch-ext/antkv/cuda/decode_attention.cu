@@ -127,7 +127,7 @@ DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
   }
 }
 
-// What is compiled: one shape. cuda_decode.py adds a line such as DECODE_KERNEL(Shape<128, 1, 8, 8, 16, true, false>).
+// What is compiled: one shape. cuda_decode.py adds a line such as DECODE_KERNEL(Shape<64, 1, 8, 1, 8, ...>).
 #ifndef DECODE_KERNEL
 #define DECODE_KERNEL(...)                                                                                          \
   extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS, 1) decode_attention(const Arguments a) {       \

@@ -11,6 +11,9 @@
 // - Values: products have channels as rows and query rows as columns; a lane reads its entries for four tokens. Of the
 //   four lanes that share entries two read a second copy, and two read the entries of a pair in the other order: with
 //   up to four query rows the other half of the columns is for those, with more they are exchanged.
+// Of several stages the entries are added. Keys' stages are read one after the other. Values' go two by two: the tables
+// of two stages stand where copies would, half of the lanes read the second first, and neither needs a copy. A third
+// has two again, or one where two do not fit: then two lanes meet in a column.
 // Keys are coded before RoPE: a warp always takes the same 16 tokens of a span of 16 * WARPS, whose angles never change,
 // and the query is turned to the start of each span once for the whole block.
 
@@ -19,13 +22,6 @@ template <class S>
 struct CodeSums {
   float maximum[2], total[2];
   float out[S::D / 32 * S::GROUPS][4];  // 16 channels x 8 columns each
-};
-
-// Codes of a tile of 16 tokens as a lane reads them: keys of tokens g and g + 8, values of 2c, 2c + 1, 2c + 8, 2c + 9.
-template <class S>
-struct TileCodes {
-  static constexpr int WORDS = S::VALUE_BYTES <= 4 ? 1 : S::VALUE_BYTES / 4;
-  uint32_t key[2][S::KEY_WORDS], value[4][WORDS], hidden[2];
 };
 
 // Queries in latent order for the spans first, first + SPAN, ... before `last`: ``R(-(first - offset) frequency) q``
@@ -80,17 +76,26 @@ DEVICE void exchange(bool yes, uint32_t& p, uint32_t& q) {
   q = yes ? before : q;
 }
 
-// The 8 channels `half` of a section of a lane's entries of a token.
-template <class S, int SECTION_, int HALF>
-DEVICE void gather_key(const uint32_t (&codes)[S::KEY_WORDS], const uint32_t (&place)[S::KEY_WAYS], uint32_t (&key)[4]) {
-  constexpr int WORDS = S::KEY_ENTRY / 2;
+// The 8 channels `half` of a section of a lane's entries of a token, summed from stage `STAGE` on. Sums of float16 are
+// good enough: the product takes the key in float16, and a sum is rounded as that key would be.
+template <class S, int SECTION_, int HALF, int STAGE = 0>
+DEVICE void gather_key(const uint32_t (&codes)[S::KEY_WORDS], const uint32_t (&place)[S::KEY_WAYS],
+                       uint32_t (&key)[4]) {
+  constexpr int WORDS = S::KEY_ENTRY / 2, OFFSET = (STAGE * S::KEY_SECTIONS + SECTION_) * SECTION;
 #pragma unroll
   for (int i = 0; i < 4 / WORDS; i++) {
     const int way = HALF * (4 / WORDS) + i, code = (SECTION_ * S::KEY_WAYS + way) / S::KEY_SPREAD;
+    const int byte = code * S::Key::STRIDE + STAGE;
     uint32_t entry[WORDS];
-    load_settled<SECTION_ * SECTION>(times_128_plus(codes[code / 4], code % 4, place[way]), entry);
+    load_settled<OFFSET>(times_128_plus(codes[byte / 4], byte % 4, place[way]), entry);
 #pragma unroll
     for (int k = 0; k < WORDS; k++) key[i * WORDS + k] = entry[k];
+  }
+  if constexpr (STAGE + 1 < S::KEY_STAGES) {
+    uint32_t rest[4];
+    gather_key<S, SECTION_, HALF, STAGE + 1>(codes, place, rest);
+#pragma unroll
+    for (int k = 0; k < 4; k++) key[k] = add_half2(key[k], rest[k]);
   }
 }
 
@@ -133,22 +138,36 @@ DEVICE void section_logits(const uint32_t (&codes)[2][S::KEY_WORDS], const uint3
   }
 }
 
+// Entry `z` of a pair of a token, summed from stage `STAGE` on, in float16 as keys are: a product for each stage would
+// take more instructions.
+template <class S, int STEP, int STAGE = 0>
+DEVICE void gather_value(const uint32_t (&codes)[S::VALUE_WORDS], const uint32_t (&place)[S::VALUE_PLACES][2], int z,
+                         int token, uint32_t (&value)[S::VALUE_ENTRY / 2]) {
+  typedef ValueStage<S, STAGE> At;
+  constexpr int FIRST = STEP * (8 / S::VALUE_WAYS);  // section
+  constexpr int ALONE = FIRST / 2 * SECTION + FIRST % 2 * (2 * S::VALUE_ENTRY);
+  const int byte = token * S::VALUE_BYTES + (2 * STEP + z) / S::VALUE_SPREAD * S::Value::STRIDE + STAGE;
+  load_settled<At::FIRST + (At::ALONE ? ALONE : FIRST * SECTION)>(
+      times_128_plus(codes[byte / 4], byte % 4, place[At::PLACE][z]), value);
+  if constexpr (STAGE + 1 < S::VALUE_STAGES) {
+    uint32_t rest[S::VALUE_ENTRY / 2];
+    gather_value<S, STEP, STAGE + 1>(codes, place, z, token, rest);
+#pragma unroll
+    for (int i = 0; i < S::VALUE_ENTRY / 2; i++) value[i] = add_half2(value[i], rest[i]);
+  }
+}
+
 // Adds the values of a tile, of which a lane names the codes and has the probabilities of its tokens and column; `kept`
 // says whether they are for the first or for the second entries of pairs.
 template <class S, int STEP>
-DEVICE void add_values(const uint32_t (&codes)[S::VALUE_WORDS], const uint32_t (&place)[2],
+DEVICE void add_values(const uint32_t (&codes)[S::VALUE_WORDS], const uint32_t (&place)[S::VALUE_PLACES][2],
                        const uint32_t (&prob)[2], bool kept, int c, float (&out)[S::D / 32 * S::GROUPS][4]) {
-  constexpr int WORDS = S::VALUE_ENTRY / 2, OFFSET = STEP * (8 / S::VALUE_WAYS) * SECTION;
+  constexpr int WORDS = S::VALUE_ENTRY / 2;
   uint32_t value[2][4][WORDS];
 #pragma unroll
-  for (int z = 0; z < 2; z++) {
+  for (int z = 0; z < 2; z++)
 #pragma unroll
-    for (int token = 0; token < 4; token++) {
-      const int code = (2 * STEP + z) / S::VALUE_SPREAD;
-      const int byte = S::VALUE_BYTES <= 2 ? token * 2 + code : token * S::VALUE_BYTES + code;
-      load_settled<OFFSET>(times_128_plus(codes[byte / 4], byte % 4, place[z]), value[z][token]);
-    }
-  }
+    for (int token = 0; token < 4; token++) gather_value<S, STEP>(codes, place, z, token, value[z][token]);
   if (S::GROUPS == 2)
 #pragma unroll
     for (int token = 0; token < 4; token++)
@@ -168,66 +187,12 @@ DEVICE void add_values(const uint32_t (&codes)[S::VALUE_WORDS], const uint32_t (
 }
 
 template <class S>
-DEVICE void add_tile(const uint32_t (&codes)[S::VALUE_WORDS], const uint32_t (&place)[2], const uint32_t (&prob)[2],
-                     bool kept, int c, float (&out)[S::D / 32 * S::GROUPS][4]) {
+DEVICE void add_tile(const uint32_t (&codes)[S::VALUE_WORDS], const uint32_t (&place)[S::VALUE_PLACES][2],
+                     const uint32_t (&prob)[2], bool kept, int c, float (&out)[S::D / 32 * S::GROUPS][4]) {
   add_values<S, 0>(codes, place, prob, kept, c, out);
   if constexpr (S::VALUE_STEPS > 1) add_values<S, 1>(codes, place, prob, kept, c, out);
   if constexpr (S::VALUE_STEPS > 2) add_values<S, 2>(codes, place, prob, kept, c, out);
   if constexpr (S::VALUE_STEPS > 3) add_values<S, 3>(codes, place, prob, kept, c, out);
-}
-
-// Codes of the tile that the pointers stand at; of its tokens `room` exist in the buffers, one at least.
-template <class S>
-DEVICE void load_tile(const uint8_t* key, const uint8_t* value, const uint8_t* bits, int room, int g, int c,
-                      TileCodes<S>& tile) {
-  if (room >= 16) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      load_once<S::KEY_BYTES>(key + 8 * i * S::KEY_WIDTH, tile.key[i]);
-      load_once<1>(bits + i, &tile.hidden[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      load_kept<S::VALUE_BYTES>(value + (i % 2 + i / 2 * 8) * S::VALUE_WIDTH, tile.value[i]);
-  } else {  // what does not exist is read from the last token, and hidden
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      load_once<S::KEY_BYTES>(key + (smaller(g + 8 * i, room - 1) - g) * S::KEY_WIDTH, tile.key[i]);
-      load_once<1>(bits + smaller(i, (room - 1) / 8), &tile.hidden[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int token = smaller(2 * c + i % 2 + i / 2 * 8, room - 1);
-      load_kept<S::VALUE_BYTES>(value + (token - 2 * c) * S::VALUE_WIDTH, tile.value[i]);
-    }
-  }
-}
-
-// Codes in the order of the lane's steps. Values of two tokens share a word if they fit.
-template <class S>
-DEVICE void order_codes(const TileCodes<S>& tile, int g, int c, uint32_t (&key)[2][S::KEY_WORDS],
-                        uint32_t (&value)[S::VALUE_WORDS]) {
-  const int mask = g % S::KEY_WAYS / S::KEY_SPREAD;
-  const uint32_t selector = 0x3210u ^ ((uint32_t)(mask & 3) * 0x1111u);
-#pragma unroll
-  for (int token = 0; token < 2; token++)
-#pragma unroll
-    for (int i = 0; i < S::KEY_WORDS; i++) {
-      const uint32_t word = S::KEY_WAYS == 8 && (mask & 4) ? tile.key[token][i ^ 1] : tile.key[token][i];
-      key[token][i] = S::KEY_WAYS == S::KEY_SPREAD ? word : permute_bytes(word, word, selector);
-    }
-  const bool swapped = S::VALUE_SPREAD == 1 && (c & 1);
-  if constexpr (S::VALUE_BYTES <= 2) {
-    for (int i = 0; i < 2; i++)
-      value[i] = permute_bytes(tile.value[2 * i][0], tile.value[2 * i + 1][0], swapped ? 0x4501 : 0x5410);
-  } else {
-    constexpr int WORDS = TileCodes<S>::WORDS;
-#pragma unroll
-    for (int i = 0; i < S::VALUE_WORDS; i++) {
-      const uint32_t word = tile.value[i / WORDS][i % WORDS];
-      value[i] = S::VALUE_SPREAD == 1 ? permute_bytes(word, word, swapped ? 0x2301 : 0x3210) : word;
-    }
-  }
 }
 
 // Adds the coded tokens first..last-1 of (b, h); `first` is a multiple of 16. All warps of the block take part.
@@ -260,14 +225,19 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
         }
     }
   }
-  uint32_t key_place[S::KEY_WAYS], value_place[2], query_place[2];
+  uint32_t key_place[S::KEY_WAYS], value_place[S::VALUE_PLACES][2], query_place[2];
 #pragma unroll
   for (int way = 0; way < S::KEY_WAYS; way++)
     key_place[way] = base + S::KEY_TABLE + (c * S::KEY_WAYS + (way ^ key_order)) * (2 * S::KEY_ENTRY);
 #pragma unroll
   for (int k = 0; k < 2; k++) {
-    value_place[k] = base + S::VALUE_TABLE + g / S::VALUE_WAYS * SECTION +
-                     ((g % S::VALUE_WAYS * 2 + (k ^ (c & 1))) * 2 + c / 2) * (2 * S::VALUE_ENTRY);
+    const int column = (g % S::VALUE_WAYS * 2 + (k ^ (c & 1))) * 2, section = g / S::VALUE_WAYS;
+#pragma unroll
+    for (int i = 0; i < S::VALUE_PLACES; i++)
+      value_place[i][k] = base + S::VALUE_TABLE + section * SECTION + (column + (c / 2 ^ i)) * (2 * S::VALUE_ENTRY);
+    if constexpr (S::VALUE_TABLES % 2 == 1)
+      value_place[S::VALUE_PLACES - 1][k] =
+          base + S::VALUE_TABLE + section / 2 * SECTION + (column + section % 2) * (2 * S::VALUE_ENTRY);
     const int of_column = S::GROUPS == 1 ? g / 4 : 0;  // with up to four rows: which of the two orders it has
     query_place[k] = base + S::QUERIES + ((k ^ of_column) * S::ROWS + g % S::ROWS) * 64 + c * 16;
   }
@@ -276,14 +246,16 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
 
   int tile = first + warp * 16;
   // The same for all threads, and so in registers that they share; what a lane adds fits 32 bits.
-  const uint8_t* key_codes = a.key_codes + bh * a.capacity * S::KEY_WIDTH;
-  const uint8_t* value_codes = a.value_codes + bh * a.capacity * S::VALUE_WIDTH;
+  const uint8_t* key_codes = a.key_codes + bh * a.capacity * S::Key::WIDTH;
+  const uint8_t* value_codes = a.value_codes + bh * a.capacity * S::Value::WIDTH;
   const uint8_t* bits = a.exact_bits + bh * a.bits_width;
-  const uint32_t key_lane = g * S::KEY_WIDTH + c * S::KEY_WIDTH / 4;
-  const uint32_t value_lane = 2 * c * S::VALUE_WIDTH + g * S::VALUE_PER_LANE / S::VALUE_SPREAD;
+  const int key_window = window_of<typename S::Key>(key_byte<S>(g, c, 0));
+  const int to_second = window_of<typename S::Key>(key_byte<S>(g, c, 1)) - key_window;
+  const uint32_t key_lane = g * S::Key::WIDTH + key_window;
+  const uint32_t value_lane = 2 * c * S::Value::WIDTH + window_of<typename S::Value>(value_byte<S>(g));
   const auto load = [&](int from, TileCodes<S>& codes) {
-    load_tile<S>(key_codes + ((uint32_t)from * S::KEY_WIDTH + key_lane),
-                 value_codes + ((uint32_t)from * S::VALUE_WIDTH + value_lane), bits + (uint32_t)from / 8,
+    load_tile<S>(key_codes + ((uint32_t)from * S::Key::WIDTH + key_lane), to_second,
+                 value_codes + ((uint32_t)from * S::Value::WIDTH + value_lane), bits + (uint32_t)from / 8,
                  a.capacity - from, g, c, codes);
   };
   TileCodes<S> next = {};
@@ -298,7 +270,8 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
 #pragma unroll 1
     for (int span = 0; span < S::AHEAD && tile < last; span++, tile += S::SPAN, query_offset += S::QUERY_BYTES) {
       uint32_t key[2][S::KEY_WORDS], value[S::VALUE_WORDS];
-      order_codes<S>(next, g, c, key, value);
+      for (int i = 0; i < 2; i++) order_key<S>(next.key[i], g, c, key[i]);
+      order_values<S>(next.value, g, c, value);
       const uint32_t hidden[2] = {next.hidden[0] >> g & 1u, next.hidden[1] >> g & 1u};
       load(tile + S::SPAN < last ? tile + S::SPAN : tile, next);  // the last tile again: loads wait for no branch
 

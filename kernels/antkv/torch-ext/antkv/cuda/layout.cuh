@@ -57,33 +57,62 @@ DEVICE void sin_cos(float angle, float& sine, float& cosine) {
   cosine = cos_fast(rest);
 }
 
-// KEY_DIM, VALUE_DIM: channels that a code stands for. An entry is what one read of a table brings: a code's channels,
-// eight at most.
-template <int HEAD_DIM, int ROW_GROUPS, int KEY_DIM_, int VALUE_DIM_, int WARPS, bool ROTATES_, bool SOFTCAP_>
+// A lane's codes of a token, `CODES` of each stage, in a row of `WIDTH` bytes. Those of one or two stages fill 1 to 16
+// bytes, which one load brings. Those of three begin anywhere: two loads of `UNIT` bytes, a window, bring two of each.
+template <int WIDTH_, int CODES_, int STAGES_>
+struct LaneCodes {
+  static constexpr int WIDTH = WIDTH_, CODES = CODES_, STAGES = STAGES_, BYTES = CODES * STAGES;
+  static constexpr int UNIT = WIDTH % 4 ? 2 : 4, WINDOWS = STAGES == 3 ? (CODES + 1) / 2 : 1;
+  static constexpr int LOADED = STAGES == 3 ? 2 * WINDOWS : BYTES < 4 ? 1 : BYTES / 4;  // words
+  static constexpr int STRIDE = STAGES == 3 ? 4 : STAGES;  // bytes from a code to the next, once they are in order
+};
+
+// KEY_DIM, VALUE_DIM: channels that a code stands for; of each group of channels there is a code a stage, whose
+// centroids are added. An entry is what one read of a table brings: a code's channels, eight at most.
+// VALUE_COPIES: 2 if the last stage of values has a second copy of its table, which an odd number of stages needs
+// against bank conflicts (see decode_codes.cuh); 1 if not.
+template <int HEAD_DIM, int ROW_GROUPS, int KEY_DIM_, int KEY_STAGES_, int VALUE_DIM_, int VALUE_STAGES_,
+          int VALUE_COPIES, int WARPS, bool ROTATES_, bool SOFTCAP_>
 struct Shape {
   static constexpr bool ROTATES = ROTATES_, SOFTCAP = SOFTCAP_;
   static constexpr int D = HEAD_DIM, GROUPS = ROW_GROUPS, ROWS = 4 * ROW_GROUPS;
   static constexpr int KEY_DIM = KEY_DIM_, VALUE_DIM = VALUE_DIM_;
+  static constexpr int KEY_STAGES = KEY_STAGES_, VALUE_STAGES = VALUE_STAGES_;
   static constexpr int THREADS = 32 * WARPS, SPAN = 16 * WARPS, AHEAD = SPANS_AHEAD / ROW_GROUPS;
-  static constexpr int KEY_WIDTH = D / KEY_DIM, VALUE_WIDTH = D / VALUE_DIM;  // bytes of a token's codes
+  static constexpr int KEY_GROUPS = D / KEY_DIM, VALUE_GROUPS = D / VALUE_DIM;  // of channels that share a code
   static constexpr int KEY_ENTRY = KEY_DIM < 8 ? KEY_DIM : 8, VALUE_ENTRY = VALUE_DIM < D / 16 ? VALUE_DIM : D / 16;
   static constexpr int KEY_SPREAD = KEY_DIM / KEY_ENTRY, VALUE_SPREAD = VALUE_DIM / VALUE_ENTRY;  // entries of a code
   // A section is 256 rows of 128 bytes, one a code. Keys: `KEY_WAYS` entries of each of a token's four lanes.
-  static constexpr int KEY_WAYS = 16 / KEY_ENTRY, KEY_SECTIONS = D / 64;
-  // Values: two entries of each of `VALUE_WAYS` lanes, twice.
-  static constexpr int VALUE_WAYS = 16 / VALUE_ENTRY, VALUE_SECTIONS = D / 32;
+  static constexpr int KEY_WAYS = 16 / KEY_ENTRY, KEY_SECTIONS = D / 64;  // a stage
+  // Values: two entries of each of `VALUE_WAYS` lanes, of two tables: those of two stages, or copies.
+  static constexpr int VALUE_WAYS = 16 / VALUE_ENTRY, VALUE_SECTIONS = D / 32;  // two tables
+  static constexpr int VALUE_TABLES = VALUE_STAGES - 1 + VALUE_COPIES;
   static constexpr int VALUE_PER_LANE = D / VALUE_ENTRY / 8, VALUE_STEPS = VALUE_PER_LANE / 2;
-  static constexpr int KEY_BYTES = KEY_WIDTH / 4;  // of a token's codes that a lane reads
-  static constexpr int KEY_WORDS = KEY_BYTES < 4 ? 1 : KEY_BYTES / 4;
-  static constexpr int VALUE_BYTES = VALUE_PER_LANE < VALUE_SPREAD ? 1 : VALUE_PER_LANE / VALUE_SPREAD;
-  static constexpr int VALUE_WORDS = VALUE_BYTES <= 2 ? 2 : VALUE_BYTES;  // of four tokens' codes
+  // Places where a lane reads: in the tables of two stages, or its copy; in a table that is alone.
+  static constexpr int VALUE_PLACES = (VALUE_STAGES > 1 ? 2 : VALUE_TABLES / 2) + VALUE_TABLES % 2;
+  // Lanes that share a code all read it.
+  typedef LaneCodes<KEY_GROUPS * KEY_STAGES, KEY_GROUPS < 4 ? 1 : KEY_GROUPS / 4, KEY_STAGES> Key;
+  typedef LaneCodes<VALUE_GROUPS * VALUE_STAGES, VALUE_GROUPS < 8 ? 1 : VALUE_GROUPS / 8, VALUE_STAGES> Value;
+  static constexpr int KEY_WORDS = KEY_STAGES == 3 ? Key::CODES : Key::LOADED;
+  static constexpr int VALUE_BYTES = VALUE_STAGES == 3 ? 4 * Value::CODES : Value::BYTES < 2 ? 2 : Value::BYTES;
+  static constexpr int VALUE_WORDS = VALUE_BYTES;  // of four tokens' codes
   static constexpr int QUERY_BYTES = D * ROWS * 2;  // one turned query
-  static constexpr int KEY_TABLE = 0, VALUE_TABLE = KEY_SECTIONS * SECTION;
-  static constexpr int PAIRS = VALUE_TABLE + VALUE_SECTIONS * SECTION;
+  static constexpr int KEY_TABLE = 0, VALUE_TABLE = KEY_STAGES * KEY_SECTIONS * SECTION;
+  static constexpr int PAIRS = VALUE_TABLE + VALUE_TABLES * (VALUE_SECTIONS / 2) * SECTION;
   static constexpr int STATES = PAIRS + 7 * D, SUMS = STATES + 2 * WARPS * ROWS * 4;
   static constexpr int QUERIES = STATES;  // warps' sums take the place of queries
   static constexpr int END_OF_LOOP = QUERIES + 2 * AHEAD * QUERY_BYTES, END_OF_SUMS = SUMS + WARPS * ROWS * D * 4;
   static constexpr int BYTES = END_OF_LOOP > END_OF_SUMS ? END_OF_LOOP : END_OF_SUMS;
+};
+
+// Where the values' table of a stage is. Tables stand two by two in the columns of the same sections; one that is left
+// over has half as many sections, in which what would be every second one takes the columns of the other table.
+template <class S, int STAGE>
+struct ValueStage {
+  static constexpr bool ALONE = STAGE == S::VALUE_TABLES - 1 && STAGE % 2 == 0;
+  static constexpr bool TWICE = STAGE == S::VALUE_STAGES - 1 && STAGE % 2 == 0 && !ALONE;
+  static constexpr int FIRST = STAGE / 2 * S::VALUE_SECTIONS * SECTION;  // from VALUE_TABLE on
+  static constexpr int PLACE = ALONE ? S::VALUE_PLACES - 1 : STAGE % 2;  // of VALUE_PLACES
 };
 
 // What one load of a table brings: codes that follow one another if an entry is a whole code, else one entry.
@@ -149,75 +178,114 @@ DEVICE bool sort_pairs(const Arguments& a, int h, uint32_t base, int thread) {
   return neighbours;
 }
 
-// Tables of a kv head into shared memory. A key's centroid gets its mean here, so that no token pays for it.
-// Neighbouring threads write neighbouring columns; the threads after them read what follows in the same tables. While
-// the loads are on their way, pairs are sorted; returns what `sort_pairs` does.
-template <class S>
+// The table of a stage on its way to shared memory. Neighbouring threads write neighbouring columns; the threads after
+// them read what follows in the same table.
+template <class S, int STAGE>
+struct KeyPieces {
+  typedef Piece<S::KEY_ENTRY, S::KEY_SPREAD> P;
+  static constexpr int COLUMNS = 4 * S::KEY_WAYS, PIECES = COLUMNS * 256 / P::CODES;
+  static constexpr int ROUNDS = (PIECES + S::THREADS - 1) / S::THREADS;
+  static constexpr int PER_LANE = S::KEY_WAYS * S::KEY_SECTIONS;  // entries
+  uint32_t pieces[S::KEY_SECTIONS][ROUNDS][P::WORDS];
+
+  static DEVICE int entry_of(int thread) {
+    return thread % COLUMNS / S::KEY_WAYS * PER_LANE + thread % COLUMNS % S::KEY_WAYS;
+  }
+  DEVICE void load(const Arguments& a, int h, int thread) {
+#pragma unroll
+    for (int section = 0; section < S::KEY_SECTIONS; section++) {
+      const int entry = entry_of(thread) + section * S::KEY_WAYS;
+      const int table = (h * S::KEY_GROUPS + entry / S::KEY_SPREAD) * S::KEY_STAGES + STAGE;
+      const uint16_t* from = a.key_centroids + table * (256 * S::KEY_DIM) + entry % S::KEY_SPREAD * S::KEY_ENTRY;
+#pragma unroll
+      for (int j = 0; j < ROUNDS; j++)
+        if (thread + j * S::THREADS < PIECES)
+          load_piece(from + (thread + j * S::THREADS) / COLUMNS * (P::CODES * S::KEY_DIM), pieces[section][j]);
+    }
+  }
+  DEVICE void store(const Arguments& a, int h, uint32_t base, int thread) {
+#pragma unroll
+    for (int section = 0; section < S::KEY_SECTIONS; section++) {
+      float mean[S::KEY_ENTRY];  // goes with the first stage, so that no token pays for it
+      if constexpr (STAGE == 0)
+        for (int k = 0; k < S::KEY_ENTRY; k++)
+          mean[k] = a.mean[h * S::D + (entry_of(thread) + section * S::KEY_WAYS) * S::KEY_ENTRY + k];
+#pragma unroll
+      for (int j = 0; j < ROUNDS; j++) {
+        const int code = (thread + j * S::THREADS) / COLUMNS * P::CODES;
+        uint32_t(&piece)[P::WORDS] = pieces[section][j];
+        if (code >= 256) break;
+        if constexpr (STAGE == 0)
+#pragma unroll
+          for (int k = 0; k < P::WORDS; k++)
+            piece[k] = pack_half2(half_to_float((uint16_t)piece[k]) + mean[2 * k % S::KEY_ENTRY],
+                                  half_to_float((uint16_t)(piece[k] >> 16)) + mean[(2 * k + 1) % S::KEY_ENTRY]);
+        if constexpr (S::KEY_ENTRY >= 4)
+          for (int k = 0; k < P::WORDS; k += 2) gather_pairs(piece[k], piece[k + 1]);
+        store_entries<S::KEY_ENTRY / 2>(base + S::KEY_TABLE + (STAGE * S::KEY_SECTIONS + section) * SECTION +
+                                            code * 128 + thread % COLUMNS * (2 * S::KEY_ENTRY),
+                                        piece);
+      }
+    }
+  }
+};
+
+template <class S, int STAGE>
+struct ValuePieces {
+  typedef Piece<S::VALUE_ENTRY, S::VALUE_SPREAD> P;
+  typedef ValueStage<S, STAGE> At;
+  static constexpr int COLUMNS = 2 * S::VALUE_WAYS, PIECES = COLUMNS * 256 / P::CODES;
+  static constexpr int ROUNDS = (PIECES + S::THREADS - 1) / S::THREADS, PER_STEP = 8 / S::VALUE_WAYS;  // sections
+  uint32_t pieces[S::VALUE_SECTIONS][ROUNDS][P::WORDS];
+
+  DEVICE void load(const Arguments& a, int h, int thread) {
+    const int column = thread % COLUMNS;
+#pragma unroll
+    for (int section = 0; section < S::VALUE_SECTIONS; section++) {
+      const int lane = section % PER_STEP * S::VALUE_WAYS + column / 2;
+      const int entry = lane * S::VALUE_PER_LANE + section / PER_STEP * 2 + column % 2;
+      const int table = (h * S::VALUE_GROUPS + entry / S::VALUE_SPREAD) * S::VALUE_STAGES + STAGE;
+      const uint16_t* from =
+          a.value_centroids + table * (256 * S::VALUE_DIM) + entry % S::VALUE_SPREAD * S::VALUE_ENTRY;
+#pragma unroll
+      for (int j = 0; j < ROUNDS; j++)
+        if (thread + j * S::THREADS < PIECES)
+          load_piece(from + (thread + j * S::THREADS) / COLUMNS * (P::CODES * S::VALUE_DIM), pieces[section][j]);
+    }
+  }
+  DEVICE void store(uint32_t base, int thread) {
+#pragma unroll
+    for (int section = 0; section < S::VALUE_SECTIONS; section++)
+#pragma unroll
+      for (int j = 0; j < ROUNDS; j++) {
+        const int index = (thread + j * S::THREADS) / COLUMNS, code = index * P::CODES;
+        if (code >= 256) break;
+        const int row = S::VALUE_TABLE + At::FIRST + (At::ALONE ? section / 2 : section) * SECTION + code * 128;
+        for (int copy = 0; copy < (At::TWICE ? 2 : 1); copy++) {
+          // Half of the threads begin with the other copy: another column.
+          const int table = At::TWICE ? copy ^ (index & 1) : At::ALONE ? section % 2 : STAGE % 2;
+          store_entries<S::VALUE_ENTRY / 2>(base + row + (thread % COLUMNS * 2 + table) * (2 * S::VALUE_ENTRY),
+                                            pieces[section][j]);
+        }
+      }
+  }
+};
+
+// Tables of a kv head into shared memory, from stage `STAGE` on. While the loads of the first are on their way, pairs
+// are sorted; returns what `sort_pairs` does.
+template <class S, int STAGE = 0>
 DEVICE bool fill_tables(const Arguments& a, int h, uint8_t* memory, int thread) {
-  typedef Piece<S::KEY_ENTRY, S::KEY_SPREAD> Key;
-  typedef Piece<S::VALUE_ENTRY, S::VALUE_SPREAD> Value;
-  constexpr int KEY_COLUMNS = 4 * S::KEY_WAYS, VALUE_COLUMNS = 2 * S::VALUE_WAYS;
-  constexpr int KEY_PIECES = KEY_COLUMNS * 256 / Key::CODES, VALUE_PIECES = VALUE_COLUMNS * 256 / Value::CODES;
-  constexpr int KEY_ROUNDS = (KEY_PIECES + S::THREADS - 1) / S::THREADS;
-  constexpr int VALUE_ROUNDS = (VALUE_PIECES + S::THREADS - 1) / S::THREADS;
-  constexpr int KEYS_PER_LANE = S::KEY_WAYS * S::KEY_SECTIONS, PER_STEP = 8 / S::VALUE_WAYS;  // entries; sections
   const uint32_t base = shared_address(memory);
-  const int key_column = thread % KEY_COLUMNS, value_column = thread % VALUE_COLUMNS;
-  uint32_t key[S::KEY_SECTIONS][KEY_ROUNDS][Key::WORDS], value[S::VALUE_SECTIONS][VALUE_ROUNDS][Value::WORDS];
-  const int key_entry = key_column / S::KEY_WAYS * KEYS_PER_LANE + key_column % S::KEY_WAYS;
-#pragma unroll
-  for (int section = 0; section < S::KEY_SECTIONS; section++) {
-    const int entry = key_entry + section * S::KEY_WAYS;
-    const uint16_t* from = a.key_centroids + (h * S::KEY_WIDTH + entry / S::KEY_SPREAD) * (256 * S::KEY_DIM) +
-                           entry % S::KEY_SPREAD * S::KEY_ENTRY;
-#pragma unroll
-    for (int j = 0; j < KEY_ROUNDS; j++)
-      if (thread + j * S::THREADS < KEY_PIECES)
-        load_piece(from + (thread + j * S::THREADS) / KEY_COLUMNS * (Key::CODES * S::KEY_DIM), key[section][j]);
-  }
-#pragma unroll
-  for (int section = 0; section < S::VALUE_SECTIONS; section++) {
-    const int lane = section % PER_STEP * S::VALUE_WAYS + value_column / 2;
-    const int entry = lane * S::VALUE_PER_LANE + section / PER_STEP * 2 + value_column % 2;
-    const uint16_t* from = a.value_centroids + (h * S::VALUE_WIDTH + entry / S::VALUE_SPREAD) * (256 * S::VALUE_DIM) +
-                           entry % S::VALUE_SPREAD * S::VALUE_ENTRY;
-#pragma unroll
-    for (int j = 0; j < VALUE_ROUNDS; j++)
-      if (thread + j * S::THREADS < VALUE_PIECES)
-        load_piece(from + (thread + j * S::THREADS) / VALUE_COLUMNS * (Value::CODES * S::VALUE_DIM), value[section][j]);
-  }
-  const bool neighbours = sort_pairs<S>(a, h, base, thread);
-#pragma unroll
-  for (int section = 0; section < S::KEY_SECTIONS; section++) {
-    float mean[S::KEY_ENTRY];
-    for (int k = 0; k < S::KEY_ENTRY; k++)
-      mean[k] = a.mean[h * S::D + (key_entry + section * S::KEY_WAYS) * S::KEY_ENTRY + k];
-#pragma unroll
-    for (int j = 0; j < KEY_ROUNDS; j++) {
-      const int code = (thread + j * S::THREADS) / KEY_COLUMNS * Key::CODES;
-      uint32_t(&piece)[Key::WORDS] = key[section][j];
-      if (code >= 256) break;
-#pragma unroll
-      for (int k = 0; k < Key::WORDS; k++)
-        piece[k] = pack_half2(half_to_float((uint16_t)piece[k]) + mean[2 * k % S::KEY_ENTRY],
-                              half_to_float((uint16_t)(piece[k] >> 16)) + mean[(2 * k + 1) % S::KEY_ENTRY]);
-      if constexpr (S::KEY_ENTRY >= 4)
-        for (int k = 0; k < Key::WORDS; k += 2) gather_pairs(piece[k], piece[k + 1]);
-      store_entries<S::KEY_ENTRY / 2>(
-          base + S::KEY_TABLE + section * SECTION + code * 128 + key_column * (2 * S::KEY_ENTRY), piece);
-    }
-  }
-#pragma unroll
-  for (int section = 0; section < S::VALUE_SECTIONS; section++)
-#pragma unroll
-    for (int j = 0; j < VALUE_ROUNDS; j++) {
-      const int index = (thread + j * S::THREADS) / VALUE_COLUMNS, code = index * Value::CODES;
-      if (code >= 256) break;
-      for (int copy = 0; copy < 2; copy++)  // half of the threads begin with the other one: another column
-        store_entries<S::VALUE_ENTRY / 2>(base + S::VALUE_TABLE + section * SECTION + code * 128 +
-                                              (value_column * 2 + (copy ^ (index & 1))) * (2 * S::VALUE_ENTRY),
-                                          value[section][j]);
-    }
+  KeyPieces<S, STAGE> keys;
+  ValuePieces<S, STAGE> values;
+  bool neighbours = false;
+  if constexpr (STAGE < S::KEY_STAGES) keys.load(a, h, thread);
+  if constexpr (STAGE < S::VALUE_STAGES) values.load(a, h, thread);
+  if constexpr (STAGE == 0) neighbours = sort_pairs<S>(a, h, base, thread);
+  if constexpr (STAGE < S::KEY_STAGES) keys.store(a, h, base, thread);
+  if constexpr (STAGE < S::VALUE_STAGES) values.store(base, thread);
+  if constexpr (STAGE + 1 < S::KEY_STAGES || STAGE + 1 < S::VALUE_STAGES)
+    fill_tables<S, STAGE + 1>(a, h, memory, thread);
   return neighbours;
 }
 
