@@ -22,11 +22,11 @@ def rival_lane(name: str, model) -> Lane:
     """
     if name == STATIC:
         # generate compiles the forward in the first round and captures it in CUDA graphs.
-        # Its mask makes transformers repeat a layer's keys and values for every query head.
+        # Its mask makes transformers repeat a layer's keys and values for every query head: group + 1 ran out.
         group = model.config.num_attention_heads // model.config.num_key_value_heads
         return Lane(
             "StaticCache, compiled", "sdpa", _static(model), _shorten, _batch_of, warm_ups=1, slow=True,
-            layers_beside=group + 1,
+            layers_beside=2 * group + 1,
         )  # fmt: skip
     make = quantized_cache(name, model.config)
 
@@ -38,10 +38,10 @@ def rival_lane(name: str, model) -> Lane:
         cache.batch = batch
         return cache
 
-    # A layer's keys and values are decoded in every step, and joined with the exact ones.
+    # A layer's keys and values are decoded in every step, and joined with the exact ones. hqq ran out with 4.
     return Lane(
         f"QuantizedCache, {name}", "sdpa", filled, _restore, lambda cache: cache.batch, warm_ups=1, slow=True,
-        layers_beside=4,
+        layers_beside=8 if name.startswith("hqq") else 4,
     )  # fmt: skip
 
 

@@ -89,11 +89,14 @@ def test_two_thousand_tokens_are_at_least_seven_times_smaller(smollm2):
 
 
 def test_shipped_codebooks_are_small_and_say_how_they_were_made():
-    for name in (*(f"smollm2-135m-instruct-{bits}bit" for bits in ("0.5", "1", "2", "4")),
-                 *(f"qwen2.5-coder-1.5b-instruct-{bits}bit" for bits in "12")):  # fmt: skip
+    names = [
+        f"{model}-{bits}bit"
+        for model in ("smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct")
+        for bits in ("0.5", "1", "2", "4")
+    ]
+    for name in names:
         folder = Path(find_codebook(name))
         codebook = AnTKVCodebook.from_pretrained(folder)
         assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
         assert codebook.calibration["command"].startswith("antkv calibrate")
-        assert {row["protocol"] for row in codebook.evaluation} >= {"FP", "S128"}, name
-        assert name.endswith(("-0.5bit", "-4bit")) or "W0" in {row["protocol"] for row in codebook.evaluation}, name
+        assert {row["protocol"] for row in codebook.evaluation} >= {"FP", "W0", "S128"}, name
