@@ -109,5 +109,10 @@ def test_command(place, tmp_path):  # noqa: F811
     stages = {spec.stages for specs in within.config.layer_specs.values() for spec in specs}
     assert within.tables_bytes() <= limit * 1e6 and stages == {1, 2}
     refused = error_of("calibrate", model, text, *mixed, "--max-table-mb", 0.01, "-o", tmp_path / "no", *sizes)
-    assert "at most 10,000 bytes cannot be had" in refused
-    assert "name it with --from" in error_of("calibrate", model, text, "--max-table-mb", 5, "-o", tmp_path / "no")
+    assert "10,000 bytes are too few: at 2 bits" in refused
+    for wrong in (0, -1, "nan", "inf"):
+        refused = error_of("calibrate", model, text, *mixed, "--max-table-mb", wrong, "-o", tmp_path / "no", *sizes)
+        assert "is no size of tables: give e.g. 12" in refused
+    for asked in ((), ("--bits", 1), ("--bits", 1, *mixed)):
+        refused = error_of("calibrate", model, text, *asked, "--max-table-mb", 5, "-o", tmp_path / "no")
+        assert "a limit of --mixed (not of --bits)" in refused and "name it with --from" in refused

@@ -23,6 +23,7 @@ from .cli_common import (
     Model,
     Settings,
     _Bar,
+    _bytes_of,
     _changed,
     _check_from,
     _check_model_folder,
@@ -244,7 +245,7 @@ def calibrate(
     from .evaluation import save_codebook
     from .texts import TextMix
 
-    given = None
+    given, limit = None, _bytes_of("--max-table-mb", max_table_mb)
     if start is not None:
         _check_from(
             bits=bits, mixed=mixed, key_bits=key_bits, value_bits=value_bits, layer_bits=layer_bits,
@@ -252,18 +253,19 @@ def calibrate(
             window=window if finetune else None, samples=samples, base_model=base_model, license=license,
         )  # fmt: skip
         given = AnTKVCodebook.from_pretrained(start)
-        if max_table_mb is not None:
-            given = drop_stages(given, int(max_table_mb * 1e6))
-    elif max_table_mb is not None and not mixed:
+        if limit is not None:
+            given = drop_stages(given, limit)
+    elif limit is not None and (bits or not mixed):
         raise ValueError(
-            "--max-table-mb is a limit of --mixed, or makes an existing codebook smaller: name it with --from"
+            "--max-table-mb is a limit of --mixed (not of --bits), or makes an existing codebook smaller: name it with "
+            "--from"
         )
     wanted = bits or ([] if mixed else ["1"])
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings, layer_bits) for b in wanted]
     runs: list[tuple[str, AnTKVConfig, Mixed | None]] = [
         (f"{b.removesuffix('bit')}bit", config, None) for b, config in zip(wanted, configs, strict=True)
     ]
-    runs += _mixed_runs(mixed, candidate, sensitivity, sensitivity_windows, settings, max_table_mb)
+    runs += _mixed_runs(mixed, candidate, sensitivity, sensitivity_windows, settings, limit)
     if mixed and (key_bits or value_bits or layer_bits) and not bits:
         raise ValueError(
             "--mixed chooses the bits of keys, values and layers: leave --key-bits, --value-bits and "
@@ -286,7 +288,7 @@ def calibrate(
             )  # fmt: skip
             if processes.rank:
                 continue
-            if given is not None and (max_table_mb is not None or not finetune):
+            if given is not None and (limit is not None or not finetune):
                 codebook = measure_noise(loaded, tokenizer, mix, given, window=window, seed=seed)
             if finetune:
                 codebook = tune(

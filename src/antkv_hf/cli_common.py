@@ -176,7 +176,7 @@ def _changed(config: AnTKVConfig, settings: list[str] | None, layer_bits: str | 
 
 def _mixed_runs(
     bits: list[float] | None, candidates: list[str] | None, protocol: str | None, windows: int | None,
-    settings: list[str] | None, max_table_mb: float | None,
+    settings: list[str] | None, max_table_bytes: int | None,
 ) -> list[tuple[str, AnTKVConfig, Mixed | None]]:  # fmt: skip
     """Name, config and spread of each `--mixed`; the config's specs are replaced by what is found."""
     from .calibration.sensitivity import Mixed
@@ -190,11 +190,18 @@ def _mixed_runs(
         found = Mixed(
             b, tuple(candidates or Mixed.candidates), Mixed.windows if windows is None else windows,
             Mixed.protocol if protocol is None else protocol,
-            None if max_table_mb is None else int(max_table_mb * 1e6),
+            max_table_bytes,
         )  # fmt: skip
         spec = str(found.uniform())
         runs.append((f"mixed-{b:g}bit", _changed(AnTKVConfig.preset("1bit", key=spec, value=spec), settings), found))
     return runs
+
+
+def _bytes_of(option: str, megabytes: float | None) -> int | None:
+    """Bytes of an option given in MB (10^6 bytes); raises ValueError for what is no size."""
+    if megabytes is not None and not 1e-6 <= megabytes < 1e12:
+        raise ValueError(f"{option} {megabytes:g} is no size of tables: give e.g. 12")
+    return None if megabytes is None else int(megabytes * 1e6)
 
 
 def _check_from(**given: Any) -> None:

@@ -113,9 +113,9 @@ def calibrate(
 
     Raises:
         ValueError: before any work: too little text, an encoder or a model without full-attention layers, sizes that a
-            spec does not divide, `layer_specs` of a layer without tables, fewer samples than centroids, bits that
-            `mixed` cannot keep, a window in which its protocol quantizes nothing, a `work_dir` of other settings, too
-            little disk. Later: a loss that is not finite.
+            spec does not divide, `layer_specs` of a layer without tables, fewer samples than centroids, bits or bytes
+            that `mixed` cannot keep, a window in which its protocol quantizes nothing, a `work_dir` of other settings,
+            too little disk. Later: a loss that is not finite.
 
     Example:
         >>> codebook = calibrate(model, tokenizer, TextMix.from_sources(["wiki.txt"]), AnTKVConfig.preset("1bit"))
@@ -132,7 +132,7 @@ def calibrate(
     described = describe_model(model.config.get_text_config(decoder=True), base_model)
     check_sizes(_wanted(config, mixed, rotary), described, rotary, tokens, window, samples)
     if mixed is not None:
-        check_spread(mixed, rotary, described, window, config.anchors.sinks)
+        check_spread(mixed, rotary, described, window, config)
     windows = mix_windows(tokenizer, mix, window, tokens // window, seed)
     plan = _Plan(described, rotary, windows, _sampled_positions(len(windows), window, samples, seed))
     with ExitStack() as stack:
@@ -157,7 +157,7 @@ def calibrate(
         sensitivity = None
         if mixed is not None:
             with frozen_for_statistics(model):
-                config, sensitivity = search(
+                config, sensitivity, uniform = search(
                     model, mixed, config, described, rotary, windows, fresh, folder, progress, processes
                 )
         tables, errors = _tables(config, rotary, folder)
@@ -166,7 +166,7 @@ def calibrate(
             if fresh is not None:
                 book = with_noise(model, book, fresh, progress and processes.rank == 0)
             if mixed is not None and sensitivity is not None:
-                sensitivity["measured"] = measured(model, mixed, book, windows, fresh, folder)
+                sensitivity["measured"] = measured(model, mixed, book, uniform, windows, fresh, folder)
         processes.wait()  # until all have read the tables
     made = {
         "sources": list(sources) if sources is not None else mix.describe(),

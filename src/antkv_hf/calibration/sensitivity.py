@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..anchors import get_score
 from ..cache.layer import LayerPlan
 from ..codebook import AnTKVCodebook
-from ..codecs import IdentityCodec, LayerCodec, VectorQuantizer, VQTables
+from ..codecs import IdentityCodec, LayerCodec, VectorQuantizer, VQTables, least_table_bytes
 from ..config import AnTKVConfig
 from ..evaluation.protocols import Protocol, ProtocolEvaluator
 from ..rotary import Rotary
@@ -51,8 +51,8 @@ class Mixed:
             a stage, so within a limit they go where they gain most for their bytes.
 
     Raises:
-        ValueError: bits that are no number, no candidate as small as `bits`, no window, a protocol that is not a
-            one-shot one.
+        ValueError: bits that are no number, no candidate as small as `bits`, no window, no table byte, a protocol that
+            is not a one-shot one.
     """
 
     bits: float
@@ -73,6 +73,8 @@ class Mixed:
             )
         if self.windows < 1:
             raise ValueError(f"windows={self.windows} must be at least 1: losses are measured on text")
+        if self.max_table_bytes is not None and self.max_table_bytes < 1:
+            raise ValueError(f"max_table_bytes={self.max_table_bytes} must be at least 1: give e.g. 12_000_000")
         if not Protocol.parse(self.protocol).one_shot:
             raise ValueError(f"sensitivity is measured by protocol W0 or S<n> such as S128, not {self.protocol!r}")
 
@@ -83,32 +85,47 @@ class Mixed:
             sorted({spec_for(c) for c in self.candidates}, key=lambda spec: (spec.bits_per_element, str(spec)))
         )
 
-    def uniform(self) -> VQSpec:
-        """The largest candidate that all layers could have."""
-        return [spec for spec in self.specs if spec.bits_per_element <= self.bits][-1]
+    def uniform(self, stored: Mapping[VQSpec, int] | None = None) -> VQSpec:
+        """The largest candidate that all layers could have.
+
+        Args:
+            stored: bytes of each one's tables in all layers; beyond `max_table_bytes` it is left out, unless all are.
+        """
+        allowed = [spec for spec in self.specs if spec.bits_per_element <= self.bits]
+        most = math.inf if self.max_table_bytes is None else self.max_table_bytes
+        return ([spec for spec in allowed if stored is None or stored[spec] <= most] or allowed)[-1]
 
 
-def check_spread(mixed: Mixed, layers: Collection[int], described: Mapping[str, Any], window: int, sinks: int) -> None:
-    """Raises ValueError, as `spread_bits`, if `layers` of this model cannot have so few bits: codes of a vector are
-    padded to whole bytes. Also if no tables are as small as wanted, or if nothing in a calibration `window` of so many
-    tokens would be quantized."""
-    sizes = {"key": described["head_dim"], "value": described["value_dim"]}
-    exact = Protocol.parse(mixed.protocol).window
+def check_spread(
+    mixed: Mixed, rotary: Mapping[int, Rotary | None], described: Mapping[str, Any], window: int, config: AnTKVConfig
+) -> None:
+    """Raises ValueError, as `spread_bits` and `spread_within`, if the layers of this model cannot have so few bits
+    (codes of a vector are padded to whole bytes) or such small tables. Also if nothing in a calibration `window` of so
+    many tokens would be quantized."""
+    exact, sinks = Protocol.parse(mixed.protocol).window, config.anchors.sinks
     if exact and window <= exact + sinks:
         raise ValueError(
             f"sensitivity by protocol {mixed.protocol} reads windows of {window} tokens, of which the last {exact} and "
             f"{sinks} sinks are exact, so that nothing is quantized: raise the calibration window above "
             f"{exact + sinks}, or measure by W0"
         )
-    spread_bits({(i, role): dict.fromkeys(mixed.specs, 0.0) for i in layers for role in ROLES}, sizes, mixed.bits)
-    # Centroids of a stage hold the whole head, whatever the size of its sub-vectors; bases and noise come on top.
-    rows = min(2**spec.code_bits * spec.stages for spec in mixed.specs)
-    least = 2 * rows * described["kv_heads"] * sum(sizes.values()) * len(layers)
-    if mixed.max_table_bytes is not None and least > mixed.max_table_bytes:
-        raise ValueError(
-            f"tables of at most {mixed.max_table_bytes:,} bytes cannot be had: the smallest candidates of "
-            f"{len(layers)} layers have {least:,} bytes of centroids; allow more, or skip layers"
-        )
+    sizes = head_sizes(described)
+    costs = {(i, role): dict.fromkeys(mixed.specs, 0.0) for i in rotary for role in ROLES}
+    spread_bits(costs, sizes, mixed.bits)
+    if mixed.max_table_bytes is not None:
+        noisy, heads = window > config.window + sinks, described["kv_heads"]
+        least = {}
+        for layer, role in costs:
+            permuted = role == "key" and rotary[layer] is not None
+            least[layer, role] = {
+                spec: least_table_bytes(spec, heads, sizes[role], permuted, permuted and noisy) for spec in mixed.specs
+            }
+        spread_within(costs, sizes, mixed.bits, least, mixed.max_table_bytes)
+
+
+def head_sizes(described: Mapping[str, Any]) -> dict[str, int]:
+    """Head size of keys and of values, by role."""
+    return {"key": described["head_dim"], "value": described["value_dim"]}
 
 
 def layer_specs(found: Mapping[Place, VQSpec]) -> dict[int, tuple[VQSpec, VQSpec]]:
@@ -127,7 +144,7 @@ def search(
     folder: WorkFolder,
     progress: bool,
     processes: Processes,
-) -> tuple[AnTKVConfig, dict[str, Any]]:
+) -> tuple[AnTKVConfig, dict[str, Any], VQSpec]:
     """Measures every place at every candidate, layer by layer together with the other processes, and spreads the bits.
 
     Args:
@@ -136,7 +153,7 @@ def search(
         folder: holds the tables of all candidates; what is measured is kept there.
 
     Returns:
-        `config` with `layer_specs`, and what was found, JSON-ready.
+        `config` with `layer_specs`; what was found, JSON-ready; and the spec of all layers to compare with.
     """
     rows = windows[_spread(len(windows), mixed.windows)]
     settings = {
@@ -172,17 +189,20 @@ def search(
     processes.wait()
     known = {layer: _read_costs(file) for layer, file in files.items()}
     costs = {(i, role): {spec: known[i][role][str(spec)] for spec in mixed.specs} for i in files for role in ROLES}
-    sizes = {"key": described["head_dim"], "value": described["value_dim"]}
-    chosen = spread_bits(costs, sizes, mixed.bits)
+    sizes = head_sizes(described)
+    chosen = best = spread_bits(costs, sizes, mixed.bits)
+    uniform = mixed.uniform()
     if mixed.max_table_bytes is not None:
         stored = {
             place: {spec: _stored_bytes(folder.read_tables(*place, spec)[0], fresh is not None) for spec in options}
             for place, options in costs.items()
         }
         chosen = spread_within(costs, sizes, mixed.bits, stored, mixed.max_table_bytes)
+        uniform = mixed.uniform({spec: sum(options[spec] for options in stored.values()) for spec in mixed.specs})
+    limit = {} if mixed.max_table_bytes is None else {"max_table_bytes": mixed.max_table_bytes}
     record = {
         "bits": mixed.bits,
-        **({} if mixed.max_table_bytes is None else {"max_table_bytes": mixed.max_table_bytes}),
+        **limit,
         "protocol": mixed.protocol,
         "windows": f"{len(rows)} x {rows.shape[1]}",
         "unit": "KL, nats a token",
@@ -193,10 +213,11 @@ def search(
         },
         "predicted": {
             "mixed": rounded(sum(costs[place][spec] for place, spec in chosen.items())),
-            str(mixed.uniform()): rounded(sum(cost[mixed.uniform()] for cost in costs.values())),
+            **({"any size": rounded(sum(costs[place][spec] for place, spec in best.items()))} if limit else {}),
+            str(uniform): rounded(sum(cost[uniform] for cost in costs.values())),
         },
     }
-    return config.replace(layer_specs=layer_specs(chosen)), record
+    return config.replace(layer_specs=layer_specs(chosen)), record, uniform
 
 
 def _stored_bytes(tables: VQTables, has_noise: bool) -> int:
@@ -210,12 +231,13 @@ def measured(
     model: PreTrainedModel,
     mixed: Mixed,
     book: AnTKVCodebook,
+    spec: VQSpec,
     windows: torch.Tensor,
     fresh: torch.Tensor | None,
     folder: WorkFolder,
 ) -> dict[str, float]:
-    """Loss of the spread and of the largest candidate in all layers, nats a token, on the windows of `search`."""
-    rows, spec = windows[_spread(len(windows), mixed.windows)], mixed.uniform()
+    """Loss of the spread and of `spec` in all layers, nats a token, on the windows of `search`."""
+    rows = windows[_spread(len(windows), mixed.windows)]
     same = _uniform_book(model, book.config, spec, book.tables, book.model, fresh, folder)
     return {
         name: rounded(cache_cost(model, rows, mixed.protocol, held))

@@ -63,8 +63,8 @@ def spread_within(
 ) -> dict[Place, VQSpec]:
     """`spread_bits` among the choices whose tables take at most `most` bytes.
 
-    A price of a byte is added to the losses, the smallest by which tables fit (Lagrange): the best of all choices that
-    take no more bytes than the one found, though one that takes a few more and still fits may be better.
+    A price of a byte is added to the losses, the smallest by which tables fit (Lagrange): of all choices that take no
+    more bytes, the best. Then single places get what they gain most by, for its bytes, as long as room is left.
 
     Args:
         stored: bytes of each candidate's tables in each place.
@@ -86,8 +86,8 @@ def spread_within(
     found, taken = at(high)
     if taken > most:
         raise ValueError(
-            f"{most:,} bytes are too few: the smallest tables of these candidates take {taken:,}; allow more, or add a "
-            "candidate of fewer stages"
+            f"{most:,} bytes are too few: at {bits:g} bits the smallest tables of these candidates take {taken:,}; "
+            "allow more bytes or bits, add a candidate of fewer stages, or skip layers"
         )
     for _ in range(_HALVINGS):
         middle = math.sqrt(low * high) if low else high / 1024
@@ -96,4 +96,32 @@ def spread_within(
             found, high = choice, middle
         else:
             low = middle
-    return found
+    return _filled(found, costs, sizes, bits, stored, most)
+
+
+def _filled(
+    found: dict[Place, VQSpec],
+    costs: Mapping[Place, Mapping[VQSpec, float]],
+    sizes: Mapping[str, int],
+    bits: float,
+    stored: Mapping[Place, Mapping[VQSpec, int]],
+    most: int,
+) -> dict[Place, VQSpec]:
+    """`found` with single places changed, the largest gain a byte first, while bits and bytes allow it."""
+    found = dict(found)
+    room = most - sum(stored[place][spec] for place, spec in found.items())
+    codes = math.floor(bits * sum(sizes[role] for _, role in found) / 8 + 1e-9)
+    codes -= sum(spec.bytes_per_vector(sizes[role]) for (_, role), spec in found.items())
+    while True:
+        steps = []
+        for (layer, role), old in found.items():
+            place = (layer, role)
+            for new, loss in costs[place].items():
+                gain, size = costs[place][old] - loss, stored[place][new] - stored[place][old]
+                more = new.bytes_per_vector(sizes[role]) - old.bytes_per_vector(sizes[role])
+                if gain > 0 and size <= room and more <= codes:
+                    steps.append((gain / max(size, 1), place, new, size, more))
+        if not steps:
+            return found
+        _, place, new, size, more = max(steps, key=lambda step: step[0])
+        found[place], room, codes = new, room - size, codes - more

@@ -4,7 +4,7 @@ from .base import Codec
 from .identity import IdentityCodec
 from .layer import CodecForDevice, LayerCodec, scalar_codecs
 from .scalar import ChannelQuantizer, ScalarScales, TokenQuantizer
-from .vq import VectorQuantizer, VQTables
+from .vq import VectorQuantizer, VQTables, least_table_bytes
 
 __all__ = [
     "ChannelQuantizer",
@@ -16,5 +16,6 @@ __all__ = [
     "TokenQuantizer",
     "VQTables",
     "VectorQuantizer",
+    "least_table_bytes",
     "scalar_codecs",
 ]

@@ -85,6 +85,18 @@ class VQTables:
                 raise ValueError(f"permutation is not a permutation of 0..{head_dim - 1} in every kv head")
 
 
+def least_table_bytes(spec: VQSpec, kv_heads: int, head_dim: int, permuted: bool, noise: bool) -> int:
+    """Bytes of one role's `VQTables` of a layer as stored, where float16 is wide enough for centroids and roots.
+
+    Args:
+        permuted: keys before RoPE, in a permutation of their channels; else in a dense basis.
+        noise: with the noise of keys.
+    """
+    blocks = spec.groups(head_dim) * spec.sub_dim**2
+    basis = 2 * head_dim + 2 * blocks if permuted else 2 * head_dim**2
+    return kv_heads * (spec.table_bytes(head_dim) + 4 * head_dim + basis + (4 * blocks if noise else 0))
+
+
 class VectorQuantizer:
     """Product or grouped residual VQ of one layer's keys or values (see the module's docstring for the formula).
 
