@@ -279,8 +279,25 @@ def test_no_step_needs_more_memory_than_a_backend_asks_for():
 
 
 def test_inspect_names_the_kernels_of_stages():
-    assert fastest_kernels(random_codec("d4b8s3", "d4b8s3", 2, 64), 3) == "cuda"
-    assert fastest_kernels(random_codec("d8b8s2", "d8b8s2", 2, 128), 4) == "triton"
+    assert fastest_kernels(random_codec("d4b8s3", "d4b8s3", 2, 64), 3) == ("cuda", 213440)
+    assert fastest_kernels(random_codec("d4b8s3", "d4b8s3", 2, 64), 3, 166912) == ("triton", 213440)
+    assert fastest_kernels(random_codec("d8b8s2", "d8b8s2", 2, 128), 4) == ("triton", None)
+
+
+def test_the_table_of_bytes_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) / (\d) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    assert [row[:2] for row in rows] == [(key, value) for key in "123" for value in "123"]
+    for key, value, *said in rows:
+        for dim, cell in zip((64, 128), said):
+            stages = int(key), int(value)
+            two, one = (Shape(dim, 1, 8, stages[0], 8, stages[1], n, 12, True, False) for n in (2, 1))
+            kib = [-(-shared_bytes(shape) // 1024) for shape in (two, one)]
+            fits = [shared_bytes(shape) <= SHARED_MEMORY for shape in (two, one)]
+            if not fits[1] or stages[1] == 2:
+                assert cell == f"{kib[1]} KiB" + ("" if fits[1] else ": no room")
+            else:
+                assert cell == (f"{kib[0]} KiB, with one copy {kib[1]}" if fits[0] else f"{kib[1]} KiB, with one copy")
 
 
 # A shape, and bytes of registers that ptxas may put into memory for it.
