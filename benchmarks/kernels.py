@@ -27,7 +27,7 @@ from antkv.flash_attention import exact_attention
 from antkv.past import QuantizedPast
 from antkv.prefill import SEGMENT
 from layers import HEAD_DIM, KV_HEADS, Q_HEADS, WINDOW, random_codec, random_past
-from results import print_table, write_csv
+from results import environment, print_table, write_csv
 from timing import Timing, time_side_by_side
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -43,7 +43,7 @@ PREFILL = [8192, 32768]
 QUICK_DECODE, QUICK_PREFILL = [(1, 32768), (16, 4096)], [8192]
 CHECKED = [(1, 32768), (16, 4096)]  # one of each plan of splits: few heads, many heads
 TOLERANCE = 1e-2  # of the output's largest value
-READ_SPEED = 3.06e12  # bytes a second that an H100 was measured to read
+READ_SPEED = {"NVIDIA H100 80GB HBM3": 3.06e12}  # bytes a second that a GPU was measured to read
 INPUT_BYTES = 150e6  # of a competitor's inputs together: three times the L2 cache
 ROUNDS = dict(rounds=5, round_ms=5.0)
 BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
@@ -117,11 +117,13 @@ def decode_rows(codecs: dict[str, LayerCodec], batch: int, n: int) -> list[dict]
         if _runs(name, calls[0]):
             competitors[name, DENSE] = calls
     times = time_side_by_side(competitors, **ROUNDS)
+    speed = READ_SPEED.get(environment(device)["gpu"])
     best = min((t.median for (name, _), t in times.items() if name in BACKENDS), default=None)
     rows = []
     for (name, spec), time in times.items():
         size, speedup = sizes[spec], None if best is None else best / time.median
-        rows.append(_row(name, batch, n, spec, codecs, time, size / READ_SPEED * 1e6, speedup, None, size))
+        floor = None if speed is None else size / speed * 1e6
+        rows.append(_row(name, batch, n, spec, codecs, time, floor, speedup, None, size))
     return rows
 
 

@@ -23,27 +23,29 @@ def llama_rotary(head_dim: int = HEAD_DIM) -> Rotary:
 
 
 def random_tables(
-    spec: VQSpec, kv_heads: int = KV_HEADS, head_dim: int = HEAD_DIM, seed: int = 0
+    key: VQSpec, value: VQSpec, kv_heads: int = KV_HEADS, head_dim: int = HEAD_DIM, seed: int = 0
 ) -> tuple[VQTables, VQTables]:
     """Random tables: keys in a permutation that keeps RoPE pairs, with noise; values in an orthogonal basis."""
     g = torch.Generator().manual_seed(seed)
-    size = (kv_heads, spec.groups(head_dim), spec.stages, spec.centroids, spec.sub_dim)
     pairs = llama_rotary(head_dim).channel_pairs(head_dim)
     order = [pairs[torch.randperm(head_dim // 2, generator=g)].flatten() for _ in range(kv_heads)]
     basis = torch.linalg.qr(torch.randn(kv_heads, head_dim, head_dim, generator=g))[0]
-    root = torch.eye(spec.sub_dim).expand(kv_heads, size[1], spec.sub_dim, spec.sub_dim)
+    root = torch.eye(key.sub_dim).expand(kv_heads, key.groups(head_dim), key.sub_dim, key.sub_dim)
     mean = torch.zeros(kv_heads, head_dim)
-    centroids = [torch.randn(size, generator=g) / math.sqrt(spec.stages) for _ in range(2)]
+    centroids = []
+    for spec in (key, value):
+        size = (kv_heads, spec.groups(head_dim), spec.stages, spec.centroids, spec.sub_dim)
+        centroids.append(torch.randn(size, generator=g) / math.sqrt(spec.stages))
     noise = 0.1 * root.contiguous()  # coded tokens get their bias, which is timed too
-    key = VQTables(centroids[0], mean, permutation=torch.stack(order), metric_root=root, noise=noise)
-    return key, VQTables(centroids[1], mean, synthesis=basis)
+    key_tables = VQTables(centroids[0], mean, permutation=torch.stack(order), metric_root=root, noise=noise)
+    return key_tables, VQTables(centroids[1], mean, synthesis=basis)
 
 
 def random_codec(spec: str, seed: int = 0, device: str = "cuda", head_dim: int = HEAD_DIM) -> LayerCodec:
     """A layer's codec on `random_tables`; `spec` is that of keys and values, or both as in ``d8b8s2/d8b8``."""
     keys, _, values = spec.partition("/")
     specs = VQSpec.parse(keys), VQSpec.parse(values or keys)
-    tables = [random_tables(vq, head_dim=head_dim, seed=seed)[role] for role, vq in enumerate(specs)]
+    tables = random_tables(*specs, head_dim=head_dim, seed=seed)
     codecs = [VectorQuantizer(*pair, device) for pair in zip(specs, tables)]
     return LayerCodec(*codecs, rotary=llama_rotary(head_dim).to(torch.device(device)))
 

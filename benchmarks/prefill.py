@@ -80,8 +80,8 @@ def random_llama(settings: dict, device: str) -> torch.nn.Module:
 def random_codebook(model, config: AnTKVConfig) -> AnTKVCodebook:
     """Random tables, the same for every layer (each layer still places its own copy on the device)."""
     described = describe_model(model.config, "random Llama")
-    assert config.key == config.value and config.key is not None
-    tables = random_tables(config.key, described["kv_heads"], described["head_dim"])
+    assert config.key is not None and config.value is not None
+    tables = random_tables(config.key, config.value, described["kv_heads"], described["head_dim"])
     return AnTKVCodebook(config, dict.fromkeys(range(described["num_hidden_layers"]), tables), described)
 
 

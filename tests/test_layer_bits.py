@@ -10,6 +10,8 @@ from helpers import random_codebook
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig
 from antkv_hf.cli_common import _codec
+from antkv_hf.codebook_names import find_codebook
+from antkv_hf.evaluation import inspection
 from antkv_hf.evaluation.inspection import fastest_kernels, format_inspection, inspect_codebook
 from antkv_hf.specs import ScalarSpec, VQSpec, describe_layers, parse_layer_bits
 
@@ -122,10 +124,31 @@ def test_kernels_of_a_layer_are_named(llama, book):
     cpu = torch.device("cpu")
     layers = [AnTKVCache(made.model_config(), codebook=made).quantized_layers[3] for made in (one, two)]
     found = [fastest_kernels(layer.plan.codec(cpu, 3, 64, 64), 3) for layer in layers]
-    assert fastest_kernels(layers[0].plan.codec(cpu, 3, 64, 64), 16) == "triton", "more query heads than CUDA's take"
-    assert found[0] == "cuda" and found[1] in ("triton", "cuda")
+    too_many = fastest_kernels(layers[0].plan.codec(cpu, 3, 64, 64), 16)
+    assert too_many == ("triton", None), "more query heads than CUDA's take"
+    assert [kernels for kernels, _ in found] == ["cuda", "cuda"]
     random = AnTKVCache(llama.config, codebook=book).quantized_layers[1]
-    assert fastest_kernels(random.plan.codec(cpu, 2, 16, 16), 2) == "none", "it separates the channels of RoPE pairs"
+    separated = fastest_kernels(random.plan.codec(cpu, 2, 16, 16), 2)
+    assert separated == ("none", None), "its permutation separates the channels of RoPE pairs"
+
+
+@pytest.mark.parametrize(
+    "memory, said",
+    [
+        (None, "kernels: cuda (on GPUs with 81 KiB of shared memory a block)"),
+        (101376, "kernels: cuda\n"),
+        (65536, "kernels: triton (cuda needs 81 KiB of shared memory a block; this GPU has 64)"),
+    ],
+)
+def test_inspect_goes_by_the_gpu_of_the_machine(memory, said, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(inspection, "local_shared_memory", lambda: memory)
+    found = inspect_codebook(str(find_codebook("smollm2-135m-instruct-1bit")))
+    assert found["gpu_shared_memory"] == memory
+    assert {(row["kernels"], row["cuda_shared_memory"]) for row in found["layer_tables"]} == {
+        ("triton" if memory == 65536 else "cuda", 82368)
+    }
+    assert said in format_inspection(json.loads(json.dumps(found)))
 
 
 # -------------------------------------------------------------------- caches

@@ -10,6 +10,7 @@ from .backends import CALLS
 from .tables import UnsupportedTables
 from .triton_backend import TritonBackend
 
+WAY_OUT = "use backend='triton' or 'auto'"
 MIN_TOKENS = 6144  # of all sequences together: below, filling the tables takes as long as Triton's whole launch
 
 
@@ -27,17 +28,19 @@ class CudaBackend(TritonBackend):
 
     def __init__(self, codec: LayerCodec, dtype: torch.dtype):
         super().__init__(codec, dtype)
-        memory = cuda_decode.shared_memory(self.key_tables.mean.device)
         if dtype not in cuda_decode.SIXTEEN_BITS:
-            raise UnsupportedTables(f"a {dtype} model has no CUDA kernel: float16 and bfloat16 ones have")
-        try:
-            cuda_decode.find_shape(self.key_tables, self.value_tables, 1, softcap=False, shared_memory=memory)
+            raise UnsupportedTables(f"a {dtype} model has no CUDA kernel: float16 and bfloat16 ones have; {WAY_OUT}")
+        memory, most = cuda_decode.shared_memory(self.key_tables.mean.device), cuda_decode.MAX_ROWS
+        try:  # as many rows as take the most memory, so that no step is refused later
+            cuda_decode.find_shape(self.key_tables, self.value_tables, most, softcap=False, shared_memory=memory)
         except ValueError as error:
-            raise UnsupportedTables(str(error)) from error
+            raise UnsupportedTables(f"{error}; {WAY_OUT}") from error
 
     def decode_attention(self, query, past, tail_keys, tail_values, *, mask=None, **options):
-        few = past.length * query.shape[0] < MIN_TOKENS
-        if mask is not None or few or not cuda_decode.takes(query, past, options.get("softcap") is not None):
+        shape = None
+        if mask is None and past.length * query.shape[0] >= MIN_TOKENS:
+            shape = cuda_decode.kernel_for(query, past, options.get("softcap") is not None)
+        if shape is None:
             return super().decode_attention(query, past, tail_keys, tail_values, mask=mask, **options)
         CALLS["cuda.decode_attention"] += 1
-        return cuda_decode.decode_attention(query, past, tail_keys, tail_values, **options)
+        return cuda_decode.decode_attention(query, past, tail_keys, tail_values, shape=shape, **options)

@@ -36,6 +36,7 @@ def inspect_codebook(place: str, model: str | None = None, revision: str | None 
     config, facts = codebook.config, codebook.model
     cache = AnTKVCache(model_config(model) if model is not None else codebook.model_config(), codebook=codebook)
     key_bits, value_bits = config.bits(codebook.tables)
+    memory = local_shared_memory()
     return {
         "codebook": place,
         "revision": None if Path(place).is_dir() else (codebook.source or {}).get("revision"),
@@ -50,7 +51,8 @@ def inspect_codebook(place: str, model: str | None = None, revision: str | None 
             "values": round(value_bits, 4),
             "with_anchors": round(_bits_with_anchors(config, facts, codebook.tables), 3),
         },
-        "layer_tables": _layer_tables(codebook, cache),
+        "gpu_shared_memory": memory,
+        "layer_tables": _layer_tables(codebook, cache, memory),
         "table_bytes": codebook.tables_bytes(),
         "backends": _backends(config.backend),
         "calibration": codebook.calibration,
@@ -58,12 +60,12 @@ def inspect_codebook(place: str, model: str | None = None, revision: str | None 
     }
 
 
-def _layer_tables(codebook: AnTKVCodebook, cache: AnTKVCache) -> list[dict[str, Any]]:
-    """Specs, bases and bytes of each layer's tables, and the fastest backend with kernels for them."""
+def _layer_tables(codebook: AnTKVCodebook, cache: AnTKVCache, memory: int | None) -> list[dict[str, Any]]:
+    """Specs, bases and bytes of each layer's tables, and what `fastest_kernels` says of them."""
     plans = {layer.plan.layer_idx: layer.plan for layer in cache.quantized_layers}
     sizes = [codebook.model[name] for name in ("kv_heads", "head_dim", "value_dim")]
     group = codebook.model_config().get_text_config(decoder=True).num_attention_heads // sizes[0]
-    known: dict[tuple, str] = {}
+    known: dict[tuple, tuple[str, int | None]] = {}
     rows = []
     for layer, pair in sorted(codebook.tables.items()):
         row: dict[str, Any] = {"layer": layer, "table_bytes": 0}
@@ -75,29 +77,41 @@ def _layer_tables(codebook: AnTKVCodebook, cache: AnTKVCache) -> list[dict[str, 
         form = tuple(value for name, value in row.items() if name not in ("layer", "table_bytes"))
         if layer in plans:
             if form not in known:
-                known[form] = fastest_kernels(plans[layer].codec(torch.device("cpu"), *sizes), group)
-            row["kernels"] = known[form]
+                known[form] = fastest_kernels(plans[layer].codec(torch.device("cpu"), *sizes), group, memory)
+            row["kernels"], row["cuda_shared_memory"] = known[form]
         rows.append(row)
     return rows
 
 
-def fastest_kernels(codec: LayerCodec, group: int) -> str:
-    """The fastest backend that has kernels for a layer's codes and the `group` query heads of a kv head, on a GPU that
-    it runs on and in a 16-bit model."""
+def local_shared_memory() -> int | None:
+    """Bytes of shared memory a block on this machine's GPU; None without one that kernels in CUDA C++ run on."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return None
+    from antkv.cuda_decode import obstacle, shared_memory
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return None if obstacle(device) else shared_memory(device)
+
+
+def fastest_kernels(codec: LayerCodec, group: int, memory: int | None = None) -> tuple[str, int | None]:
+    """The fastest backend that has kernels for a layer's codes and the `group` query heads of a kv head in a 16-bit
+    model, on a GPU with `memory` bytes of shared memory a block (None: as many as an H100's), and how many bytes the
+    kernel in CUDA C++ needs there (None: it has none, or none that an H100 has room for)."""
     if importlib.util.find_spec("triton") is None:
-        return "unknown: Triton is not installed"
-    from antkv.cuda_decode import find_shape
+        return "unknown: Triton is not installed", None
+    from antkv.cuda_decode import SHARED_MEMORY, find_shape, shared_bytes
 
     from ..attention.tables import UnsupportedTables, layer_tables
 
     try:
         tables = layer_tables(codec, torch.float16)
-        find_shape(*tables, group, softcap=False)
+        shape = find_shape(*tables, group, softcap=False)
     except UnsupportedTables:
-        return "none"
+        return "none", None
     except ValueError:
-        return "triton"
-    return "cuda"
+        return "triton", None
+    needed = shared_bytes(shape._replace(value_copies=1))  # a second copy is left out where it has no room
+    return ("cuda" if needed <= (memory or SHARED_MEMORY) else "triton"), needed
 
 
 def inspect_model(name: str) -> dict[str, Any]:
@@ -238,7 +252,7 @@ def format_inspection(found: dict[str, Any]) -> str:
         f"  anchors     {anchors['fraction']:.1%} {anchors['dtype']} by {anchors['score']}, {anchors['sinks']} sinks",
         f"  in all      about {bits['with_anchors']:g} bits an element, past the exact window of {config['window']}",
         f"  tables      {found['table_bytes']:,} bytes",
-        *(f"              {line}" for line in _runs_of_layers(found["layer_tables"])),
+        *(f"              {line}" for line in _runs_of_layers(found["layer_tables"], found["gpu_shared_memory"])),
         "  backend     " + ", ".join(f"{device}: {name}" for device, name in found["backends"].items()),
     ]
     if config["skip_layers"]:
@@ -253,11 +267,19 @@ def format_inspection(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _runs_of_layers(rows: list[dict[str, Any]]) -> list[str]:
-    """One line for each run of neighbouring layers with the same specs, bases and bytes."""
+def _runs_of_layers(rows: list[dict[str, Any]], memory: int | None) -> list[str]:
+    """One line for each run of neighbouring layers with the same specs, bases and bytes; `memory`: of the local GPU."""
 
     def kernels(row: dict[str, Any]) -> str:
-        return f"; kernels: {row['kernels']}" if "kernels" in row else ""
+        if "kernels" not in row:
+            return ""
+        text = f"; kernels: {row['kernels']}"
+        if row["cuda_shared_memory"] is None:
+            return text
+        needed = f"{-(-row['cuda_shared_memory'] // 1024)} KiB of shared memory a block"
+        if memory is None:
+            return f"{text} (on GPUs with {needed})"
+        return text if row["kernels"] == "cuda" else f"{text} (cuda needs {needed}; this GPU has {memory // 1024})"
 
     lines, first = [], 0
     for i, row in enumerate(rows):

@@ -1,8 +1,8 @@
 """Decode attention in CUDA C++ (cuda/*.cu), compiled at first use by NVRTC: no nvcc and no compiler is needed.
 
 It computes what `decode_attention.decode_attention` does, for 8-bit codes of 2 to 32 channels in one to three stages
-(keys and values may differ) whose tables fit the shared memory of a block, heads of 64 or 128 channels and up to 8
-query rows a kv head; whoever asks for more gets a `ValueError` that says what has a kernel.
+(two with heads of 128; keys and values may differ) whose tables fit the shared memory of a block, heads of 64 or 128
+channels and up to 8 query rows a kv head; whoever asks for more gets a `ValueError` that says what has a kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent / "cuda"
 MAX_ROWS = 8
 HEAD_DIMS = (64, 128)
 SUB_DIMS = (2, 4, 8, 16, 32)  # channels of a code
-MAX_STAGES = 3
+MAX_STAGES = 3  # with heads of 128 channels two: three would have no room
 SHARED_MEMORY = 232448  # bytes that a block of an H100, H200 or B200 can have
 MIN_CAPABILITY = (8, 0)
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
@@ -94,10 +94,16 @@ def check_tables(keys: KeyTables, values: ValueTables) -> None:
         fits = fits and codes.stages <= (MAX_STAGES if codes.sub_dim > 2 else 1)
         require(
             fits,
-            f"codes of {codes.code_bits} bits in {codes.stages} stages for {codes.sub_dim} channels have no CUDA "
+            f"codes of {codes.code_bits} bits in {_stages(codes.stages)} for {codes.sub_dim} channels have no CUDA "
             f"kernel; 8 bits for {', '.join(map(str, SUB_DIMS))} channels have, in up to {MAX_STAGES} stages (for 2 "
             "channels one)",
         )
+        # A lane would have more codes than packed_codes.cuh reads in order.
+        require(codes.stages < 3 or dim == 64, f"3 stages at head size {dim} have no CUDA kernel; up to 2 stages have")
+
+
+def _stages(count: int) -> str:
+    return f"{count} stage{'s' if count > 1 else ''}"
 
 
 def find_shape(
@@ -122,10 +128,11 @@ def find_shape(
     if shared_bytes(doubled) <= shared_memory:
         return doubled
     needed = shared_bytes(shape)
+    fewer = "; fewer stages take less" if key.stages + value.stages > 2 else ""
     require(
         needed <= shared_memory,
-        f"{key.stages} stages of keys and {value.stages} of values at head size {shape.head_dim} take {needed} bytes "
-        f"of shared memory a block, of which there are {shared_memory}",
+        f"{_stages(key.stages)} of keys and {value.stages} of values at head size {shape.head_dim} take {needed} bytes "
+        f"of shared memory a block, of which there are {shared_memory}{fewer}",
     )
     return shape
 
@@ -236,19 +243,14 @@ def cubin_folder() -> Path:
 
 @functools.cache
 def load_kernel(shape: Shape, device_index: int) -> Kernel:
-    """Compiles a kernel for a GPU (about three seconds), or takes it from the disk.
-
-    Raises:
-        ValueError: if a block needs more shared memory than the GPU gives to one.
-    """
+    """Compiles a kernel that `find_shape` found for a GPU (about three seconds), or takes it from the disk."""
     from cuda.bindings import driver
     from cuda.core import Device, Program, ProgramOptions
     from cuda.core.utils import FileStreamProgramCache
 
     device = Device(device_index)
     device.set_current()
-    wanted, most = shared_bytes(shape), device.properties.max_shared_memory_per_block_optin
-    require(wanted <= most, f"{shape} takes {wanted} bytes of shared memory a block; this GPU gives {most}")
+    wanted = shared_bytes(shape)
     major, minor = device.compute_capability
     options = ProgramOptions(arch=f"sm_{major}{minor}", std="c++17")
     program = Program(source(shape), "c++", options)
@@ -271,9 +273,15 @@ def _check(answer: tuple[Any, ...]) -> None:
         raise RuntimeError(f"the CUDA driver answered {answer[0]!r}")
 
 
+@functools.cache  # every layer of every step asks
+def _properties(device_index: int) -> Any:
+    return torch.cuda.get_device_properties(device_index)
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block of this GPU can have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _properties(index).shared_memory_per_block_optin
 
 
 @functools.cache
@@ -294,18 +302,19 @@ def _exact_fits(past: QuantizedPast, dtype: torch.dtype) -> bool:
     return all(tokens.key_scale is not None or tokens.keys.dtype == dtype for tokens in past.exact)
 
 
-def takes(query: torch.Tensor, past: QuantizedPast, softcap: bool) -> bool:
-    """Whether `decode_attention` answers these queries on their GPU."""
+def kernel_for(query: torch.Tensor, past: QuantizedPast, softcap: bool) -> Shape | None:
+    """The kernel with which `decode_attention` answers these queries on their GPU; None if it does not.
+
+    Raises:
+        ValueError: for tables of which `find_shape` has no kernel for `MAX_ROWS` rows; `CudaBackend` asks before.
+    """
     rows = query.shape[1] // past.key_codes.shape[1] * query.shape[2]
     if not query.is_cuda or query.dtype not in SIXTEEN_BITS or not 1 <= rows <= MAX_ROWS:
-        return False
+        return None
     if not _exact_fits(past, query.dtype):
-        return False
-    try:
-        shape = find_shape(past.key_tables, past.value_tables, rows, softcap, shared_memory(query.device))
-    except ValueError:
-        return False
-    return _compiles(shape, query.device.index or 0)
+        return None
+    shape = find_shape(past.key_tables, past.value_tables, rows, softcap, shared_memory(query.device))
+    return shape if _compiles(shape, query.device.index or 0) else None
 
 
 def launch(kernel: Kernel, arguments: Arguments, shape: Shape) -> None:
@@ -335,8 +344,12 @@ def decode_attention(
     softcap: float | None = None,
     sink_logit: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    shape: Shape | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`decode_attention.decode_attention` in CUDA C++: same arguments (but no mask), same results.
+
+    Args:
+        shape: what `kernel_for` found for the same arguments; None looks it up here.
 
     Raises:
         ValueError: for what has no kernel here; the message says what has.
@@ -349,9 +362,10 @@ def decode_attention(
     for name, x in (("query", query), ("tail", tail_keys)):
         require(x.dtype in SIXTEEN_BITS, f"the {name} is {x.dtype}; float16 or bfloat16 is needed")
     require(_exact_fits(past, tail_keys.dtype), f"exact tokens must be int8 or {tail_keys.dtype}, as the tail is")
-    memory = shared_memory(query.device)
-    shape = find_shape(past.key_tables, past.value_tables, rows, softcap is not None, memory)
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    if shape is None:
+        memory = shared_memory(query.device)
+        shape = find_shape(past.key_tables, past.value_tables, rows, softcap is not None, memory)
+    processors = _properties(query.device.index or 0).multi_processor_count
     splits, blocks = plan(shape, past.length, batch, heads, processors)
     options = dict(device=query.device, dtype=torch.float32)
     partial = torch.empty(batch, heads, 2 * splits, rows, dim, **options)

@@ -11,7 +11,7 @@ struct Arguments {
   const uint8_t* exact_bits;  // (batch, kv_heads, bits_width)
   const int64_t* offset;      // (batch,)
   const int* lengths;         // coded tokens, tail tokens, anchors; null: as below
-  const uint16_t* key_centroids;  // (kv_heads, groups, codes, sub_dim), float16
+  const uint16_t* key_centroids;  // (kv_heads, groups, stages, 256, sub_dim), float16
   const uint16_t* value_centroids;
   const int* channels;      // (kv_heads, head_dim): plain channel of a latent one
   const float* frequency;   // (kv_heads, head_dim / 2)
@@ -93,6 +93,8 @@ struct Shape {
   // Lanes that share a code all read it.
   typedef LaneCodes<KEY_GROUPS * KEY_STAGES, KEY_GROUPS < 4 ? 1 : KEY_GROUPS / 4, KEY_STAGES> Key;
   typedef LaneCodes<VALUE_GROUPS * VALUE_STAGES, VALUE_GROUPS < 8 ? 1 : VALUE_GROUPS / 8, VALUE_STAGES> Value;
+  // Windows of a row are at no even distances: packed_codes.cuh finds the first two of keys, and one of values.
+  static_assert(Key::WINDOWS <= 2 && Value::WINDOWS == 1, "three stages: more codes a lane than are read in order");
   static constexpr int KEY_WORDS = KEY_STAGES == 3 ? Key::CODES : Key::LOADED;
   static constexpr int VALUE_BYTES = VALUE_STAGES == 3 ? 4 * Value::CODES : Value::BYTES < 2 ? 2 : Value::BYTES;
   static constexpr int VALUE_WORDS = VALUE_BYTES;  // of four tokens' codes
