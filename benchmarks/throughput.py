@@ -32,7 +32,7 @@ K = 1024
 PARTS = {
     "latency": [(1, n * K) for n in (1, 8, 32, 128)],
     "batch": [(8, 4 * K), (32, 4 * K), (4, 32 * K)],  # all four caches fit 80 GB together
-    "memory": [(0, n * K) for n in (4, 32, 128)],
+    "memory": [(0, n * K) for n in (4, 8, 32, 128)],
 }
 TINY_PARTS = {"latency": [(1, 300)], "batch": [(2, 300)], "memory": [(0, 300)]}
 LANES = 4  # that `lanes` has without compiled MLPs
