@@ -32,9 +32,10 @@ def budget(
 ) -> None:
     """Say what a cache of so many tokens takes, how many tokens fit into so many bytes, and what to choose.
 
-    With --tokens and --bytes the answer is the one of the most bits that fits; if none does, exit code 1 and the bytes
-    that are missing. Counts all that AnTKVCache.memory_footprint() counts, at the length that takes most; weights,
-    tables and the working memory of a forward come on top. Reads no weights.
+    With --tokens and --bytes the answer is the one of the most bits that fits (a codebook's count twice beside those of
+    ott- presets); if none does, exit code 1 and the bytes that are missing. Counts all that
+    AnTKVCache.memory_footprint() counts, at the length that takes most; weights, tables and the working memory of a
+    forward come on top. Reads no weights.
 
     Example: antkv budget meta-llama/Llama-3.1-8B --tokens 131072 --bytes 2GB --among 2bit --among 1bit
     """

@@ -133,8 +133,17 @@ def _tokens(input_ids: torch.Tensor | None) -> int:
 
 
 def _warn_if_short(room: int | None, prompt: int, longest: int) -> None:
-    """Warns before any token is written that a cache of `room` tokens may not last for a text of `longest`."""
+    """Warns before any token is written that a cache of `room` tokens may not last for a text of `longest`.
+
+    Raises:
+        ValueError: the prompt alone is longer, with the room that the whole text needs.
+    """
     needed = longest - 1  # the last token is not read again
+    if room is not None and prompt > room:
+        raise ValueError(
+            f"{prompt} tokens of prompt and up to {longest - prompt} new ones need room for {max(needed, prompt)}, but "
+            f"the cache was made with max_length={room}: make it with max_length={max(needed, prompt)}"
+        )
     if room is not None and 0 < prompt <= room < needed:
         warnings.warn(
             f"{prompt} tokens of prompt and up to {longest - prompt} new ones can need room for {needed}, but the "

@@ -206,7 +206,14 @@ def choices(
         room = None if bytes is None else most_tokens(model_config, config, bytes, batch, dtype)
         bits = _code_bits(config, layers, _model_dtype(model_config.get_text_config(decoder=True), dtype))
         found.append(Choice(name or config.name_codec(layers), config, bits, taken, room, book))
-    return sorted(found, key=lambda choice: (-choice.bits, isinstance(choice.config.key, ScalarSpec)))
+    return sorted(found, key=_rank)
+
+
+def _rank(choice: Choice) -> tuple[float, bool]:
+    """Best first: by bits, of which a codebook's count twice beside scalar codes' (measured: 2 bits lose as little as
+    ``ott-4bit``, 1 bit less than ``ott-2bit``)."""
+    scalar = isinstance(choice.config.key, ScalarSpec)
+    return (-choice.bits if scalar or choice.config.is_identity else -2 * choice.bits, scalar)
 
 
 def fit(
@@ -217,7 +224,8 @@ def fit(
     among: Iterable[str | Path | AnTKVConfig] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Choice:
-    """The choice of the most bits whose cache of `batch` times `tokens` fits into `bytes`; of equal ones the codebook.
+    """The first of `choices` whose cache of `batch` times `tokens` fits into `bytes`: that of the most bits, where
+    those of a codebook count twice beside scalar codes.
 
     Raises:
         ValueError: none fits, naming the smallest, the bytes that are missing and the tokens that would fit; and as

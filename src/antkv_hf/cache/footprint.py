@@ -65,8 +65,12 @@ class MemoryFootprint:
     def __str__(self) -> str:
         kinds = ("codes", "anchors", "sinks", "window", "scores", "other_layers", "reserved")
         parts = ", ".join(f"{name} {getattr(self, name):,}" for name in kinds if getattr(self, name))
+        bits = f"{self.bits_per_element:.2f} bits per coded element" if self.coded_elements else "no token coded yet"
+        used = self.total - self.reserved
+        size = f"{self.dense_bytes / used:.1f}x smaller" if used < self.dense_bytes else "no smaller"
+        beside = ", the reserve left out" if self.reserved else ""
         return (
-            f"{self.total:,} bytes for {self.tokens:,} tokens ({parts}); {self.bits_per_element:.2f} bits per coded "
-            f"element, {self.bits_per_element_with_window:.2f} with the window; {self.compression:.1f}x smaller than "
-            f"DynamicCache ({self.dense_bytes:,}); tables, shared by all caches of the model: {self.tables:,}"
+            f"{self.total:,} bytes for {self.tokens:,} tokens ({parts}); {bits}, "
+            f"{self.bits_per_element_with_window:.2f} with the window; {size} than DynamicCache ({self.dense_bytes:,})"
+            f"{beside}; tables, shared by all caches of the model: {self.tables:,}"
         )

@@ -251,7 +251,7 @@ def format_inspection(found: dict[str, Any]) -> str:
         f"  values      {'by layer' if mixed else config['value']}, {bits['values']:g} bits",
         f"  anchors     {anchors['fraction']:.1%} {anchors['dtype']} by {anchors['score']}, {anchors['sinks']} sinks",
         f"  in all      about {bits['with_anchors']:g} bits an element, past the exact window of {config['window']}",
-        f"  tables      {found['table_bytes']:,} bytes",
+        f"  tables      {found['table_bytes']:,} bytes as stored",
         *(f"              {line}" for line in _runs_of_layers(found["layer_tables"], found["gpu_shared_memory"])),
         "  backend     " + ", ".join(f"{device}: {name}" for device, name in found["backends"].items()),
     ]
