@@ -223,7 +223,9 @@ def test_max_length_is_reached(llama, codebook, stand_in):
         run(llama, inputs(0), past_key_values=cache, custom_generate=antkv_generate())
     assert cache.get_seq_length() == 50
     limited = antkv_generate(codebook, max_length=30)
-    with pytest.raises(ValueError, match="40 tokens of prompt and up to 28 new ones need room for 67.*max_length=30: make .*=67"):
+    with pytest.raises(
+        ValueError, match="40 tokens of prompt and up to 28 new ones need room for 67, .*=30: make .*=67"
+    ):
         run(llama, inputs(0), custom_generate=limited)
 
 
