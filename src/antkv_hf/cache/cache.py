@@ -46,8 +46,8 @@ class AnTKVCache(Cache):
             lengths are on the device too, and `antkv_generate` can run decode steps as CUDA graphs. None: the cache
             grows as it must. The batch keeps its size. Not with scalar codes or ``anchors.max_tokens``.
         compileable: a plain `generate` on a GPU then compiles decode steps, as it does for transformers' StaticCache:
-            in the ``"antkv"`` lane, with `max_length`, where every layer is quantized. Run on a CPU only so far; what
-            it gains on a GPU has not been measured. `antkv_generate` needs no compiler.
+            in the ``"antkv"`` lane, with `max_length`, where every layer is quantized. What it gains has not been
+            measured. `antkv_generate` needs no compiler.
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
             (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are
             compared; at least one must be new.
