@@ -1,20 +1,21 @@
-"""transformers' other caches as lanes of `decoding`: StaticCache with generate's own compile, and QuantizedCache."""
+"""Lanes of `decoding` with generate's own compile (StaticCache, and ours for it), and transformers' QuantizedCache."""
 
 from __future__ import annotations
 
 import copy
 
-from decoding import Lane, random_keys
+from decoding import Lane, fill_layer, random_keys, rewind_static
 from transformers import StaticCache
 from transformers.cache_utils import Cache
 
+from antkv_hf import AnTKVCache, AnTKVCodebook
 from antkv_hf.evaluation.baselines import quantized_cache, tensor_bytes
 
-STATIC = "static"
+STATIC, COMPILEABLE = "static", "compileable"
 
 
-def rival_lane(name: str, model) -> Lane:
-    """The lane called ``static``, or ``<quanto or hqq>-int<bits>``.
+def rival_lane(name: str, model, codebook: AnTKVCodebook) -> Lane:
+    """The lane called ``static``, ``compileable`` (ours, as transformers compiles it) or ``<quanto or hqq>-int<bits>``.
 
     Raises:
         ValueError: for another name.
@@ -27,6 +28,11 @@ def rival_lane(name: str, model) -> Lane:
         return Lane(
             "StaticCache, compiled", "sdpa", _static(model), _shorten, _batch_of, warm_ups=1, slow=True,
             layers_beside=2 * group + 1,
+        )  # fmt: skip
+    if name == COMPILEABLE:
+        return Lane(
+            "AnTKV, generate's compile", "antkv", _compileable(model, codebook), rewind_static,
+            lambda cache: cache.layers[0].batch_size, warm_ups=1, slow=True,
         )  # fmt: skip
     make = quantized_cache(name, model.config)
 
@@ -56,6 +62,16 @@ def _static(model):
         cache = StaticCache(config=model.config, max_cache_len=context + room)
         for i in range(len(cache.layers)):
             cache.update(*random_keys(model, batch, context), i)
+        return cache
+
+    return make
+
+
+def _compileable(model, codebook: AnTKVCodebook):
+    def make(batch: int, context: int, room: int) -> Cache:
+        cache = AnTKVCache(model.config, codebook=codebook, max_length=context + room, compileable=True)
+        for layer in cache.quantized_layers:
+            fill_layer(layer, *random_keys(model, batch, 0), context)
         return cache
 
     return make

@@ -214,7 +214,7 @@ def main() -> None:
         "--lanes", type=int, nargs="*", choices=range(LANES), help="only these of lanes 0 to 3; no number: none"
     )
     parser.add_argument("--compile", action="store_true", help="beside them: lanes 1 and 3 with compiled MLPs")
-    parser.add_argument("--rivals", nargs="+", default=[], help="beside them: static, quanto-int4, hqq-int4, ...")
+    parser.add_argument("--rivals", nargs="+", default=[], help="beside them: static, compileable, quanto-int4, ...")
     parser.add_argument("--bits", type=float, default=1.0, help="preset of VQSpec.for_bits")
     parser.add_argument("--steps", type=int, default=128, help="timed steps a round: a multiple of the chunk")
     parser.add_argument("--slow-steps", type=int, default=128, help="as many in lanes where the host takes part")
@@ -236,12 +236,13 @@ def main() -> None:
     config = AnTKVConfig.preset(f"{arguments.bits:g}bit")
     model = random_llama(TINY if arguments.tiny else LLAMA_3_8B, arguments.device)
     backend = {"backend": "eager"} if arguments.tiny else True  # no compiler is needed to see that it runs
-    competitors = lanes(model, random_codebook(model, config), arguments.compile and backend)
+    codebook = random_codebook(model, config)
+    competitors = lanes(model, codebook, arguments.compile and backend)
     if arguments.lanes is not None:
         competitors = [competitors[i] for i in arguments.lanes] + competitors[LANES:]
     for name in arguments.rivals:
         try:
-            competitors.append(rival_lane(name, model))
+            competitors.append(rival_lane(name, model, codebook))
         except ImportError as error:
             print(f"{name} is left out: {error}", flush=True)
     rows: list[dict] = []

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .attention.beside import Branch, branching
 from .cache.cache import AnTKVCache
 from .compiled_mlps import CompiledMLPs, CompileError
 from .static_storage import Counts, StaticStorage, size_obstacle
@@ -73,7 +74,7 @@ class CudaGraph:
         return output
 
     def capture(self, function: Callable[[], Any]) -> None:
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"), branching(Branch()):
             self._output = function()
 
     def replay(self) -> Any:

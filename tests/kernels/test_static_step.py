@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from antkv.decode_attention import decode_attention
@@ -14,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate, graphs
 from antkv_hf.anchors import get_score
+from antkv_hf.attention import beside
 from antkv_hf.attention.attend import attend
 from antkv_hf.attention.backends import CALLS, make_backend
 from antkv_hf.attention.reference_backend import REFERENCE
@@ -265,6 +268,40 @@ def test_generation_replays_recorded_steps(masked, monkeypatch):
     assert CALLS["triton.decode_attention"] == 2  # the warm-up and the capture; all other steps ran no Python
 
 
+class CountingBranch:
+    """Stands in for a second stream: counts what is left to it."""
+
+    readings = joined = 0
+
+    @contextmanager
+    def reading(self, *tensors):
+        self.readings += 1
+        yield
+
+    def join(self):
+        self.joined += 1
+
+
+def test_a_captured_step_observes_beside_its_layers(monkeypatch):
+    """Each layer of a step leaves one observation to the branch, and the encoding of chunks none."""
+    branches: list[CountingBranch] = []
+    capture = RecordedGraph.capture
+
+    def branched(graph, function):
+        branches.append(CountingBranch())
+        with beside.branching(branches[-1]):
+            capture(graph, function)
+
+    monkeypatch.setattr(RecordedGraph, "capture", branched)
+    monkeypatch.setattr("antkv_hf.generation._no_gpu", lambda model: None)
+    monkeypatch.setattr(graphs, "cuda_graphs", lambda: RecordedGraph)
+    model, codebook = kernel_model("cpu", layers=2)
+    options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    ids = torch.randint(3, 128, (1, 30), generator=torch.Generator().manual_seed(0))
+    model.generate(ids, custom_generate=antkv_generate(codebook, cuda_graphs=True), **options)
+    assert sorted((branch.readings, branch.joined) for branch in branches) == [(0, 1), (2, 1)]
+
+
 # ------------------------------------------------------------------------------------------------------------ on a GPU
 @pytest.mark.gpu
 @pytest.mark.parametrize("lane", ["antkv", "sdpa"])
@@ -290,6 +327,27 @@ def test_cuda_graphs_write_the_same_tokens(lane, case, monkeypatch):
     assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
     # A warm-up and a capture in each layer for each plan: of up to 32 coded tokens and of up to 128.
     assert CALLS["triton.decode_attention"] == 2 * 2 * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("held", [beside.MOST_HELD, 0])
+def test_observations_beside_a_captured_step(held, monkeypatch):
+    """The branch leaves behind what steps without graphs do, joined at the end of a step or in every layer."""
+    monkeypatch.setattr(beside, "MOST_HELD", held)
+    model, codebook = kernel_model("cuda", layers=3, heads=2, backend="auto")
+    ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0)).cuda()
+    kept = []
+    for replayed in (False, True):
+        cache = AnTKVCache(model.config, codebook=codebook, max_length=120)
+        model.generate(
+            ids, past_key_values=cache, max_new_tokens=80, min_new_tokens=80, do_sample=False,
+            custom_generate=antkv_generate(cuda_graphs=replayed),
+        )  # fmt: skip
+        kept.append([layer.storage for layer in cache.layers])
+    for stepped, replayed in zip(*kept):
+        assert torch.equal(stepped.buffers.anchors.positions, replayed.buffers.anchors.positions)
+        assert_near(replayed.buffers.statistic, stepped.buffers.statistic, 1e-4)
+        assert_near(replayed.query_moment, stepped.query_moment, 1e-4)
 
 
 @pytest.mark.gpu

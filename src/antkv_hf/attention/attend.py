@@ -7,6 +7,7 @@ import torch
 from ..reference.attention import Visibility
 from ..storage import LayerStorage, Snapshot
 from .backends import Backend
+from .beside import beside
 from .reference_backend import REFERENCE
 
 
@@ -102,12 +103,13 @@ def observe(
 ) -> None:  # fmt: skip
     """Adds what these queries say of the tail tokens to the storage's running statistic.
 
-    `step`: in place, see `Backend.observe_step`.
+    `step`: in place, see `Backend.observe_step`; in a captured step beside what follows.
     """
     if storage.score is None:
         return
     if step:
-        backend.observe_step(storage, past, query, out, lse, visibility.mask, scale, softcap)
+        with beside(query, out, lse):
+            backend.observe_step(storage, past, query, out, lse, visibility.mask, scale, softcap)
         return
     several = visibility.mask is not None and visibility.mask.shape[2] > 1
     first_query = storage.offset if several else None
