@@ -42,6 +42,14 @@ CASES = [
     ("d8b8", "d8b8s2", 128, 3, 1, 1, 216, 5, "half", None, "float16"),
     ("d32b8", "d4b8s2", 128, 1, 7, 1, 136, 9, "half", None, "int8"),
 ]
+# Of blocks in teams, with splits and blocks a head: more and fewer shares than teams, several turns of queries ahead.
+IN_TEAMS = [
+    (("d8b8", "d8b8", 128, 4, 1, 2, 872, 17, "half", None, "int8"), 2, 1),
+    (("d8b8", "d8b8", 64, 3, 1, 5, 168, 5, "partial", None, "int8"), 3, 2),
+    (("d2b8", "d2b8", 128, 3, 1, 1, 136, 9, "interleaved", None, "int8"), 3, 1),
+    (("d4b8", "d16b8", 128, 2, 4, 3, 200, 3, "scaled", 20.0, "float16"), 1, 1),
+    (("d4b8s3", "d8b8s3", 64, 4, 1, 2, 152, 5, "half", None, "int8"), 2, 3),
+]
 # Those whose tables fit only without a second copy of the last stage of values.
 ONE_COPY = [("d4b8s3", "d4b8s3", 64), ("d8b8s3", "d16b8s3", 64), ("d16b8s3", "d32b8s3", 64), ("d4b8s2", "d8b8", 128)]
 # Of these kernels the emulator runs near relatives.
@@ -85,7 +93,9 @@ def make_case(case, dtype, device="cpu", heads=2):
     return snapshot, query, options, out.flatten(1, 2), lse.flatten(1, 2)
 
 
-def emulate(library, shape, query, past, tail, *, scale, splits=1, softcap=None, is_causal=True, hides_padding=False):
+def emulate(
+    library, shape, query, past, tail, *, scale, splits=1, blocks=1, softcap=None, is_causal=True, hides_padding=False
+):
     """Output and LSE of the kernel on the CPU."""
     batch, q_heads, q_len, dim = query.shape
     heads, rows = tail[0].shape[1], q_heads // tail[0].shape[1] * q_len
@@ -93,7 +103,7 @@ def emulate(library, shape, query, past, tail, *, scale, splits=1, softcap=None,
     state = torch.full((2, batch, heads, 2 * splits, rows), float("nan"))
     arguments = make_arguments(
         shape, query, past, *tail, partial, state, scale=scale, softcap=softcap, is_causal=is_causal,
-        hides_padding=hides_padding, splits=splits, blocks=1,
+        hides_padding=hides_padding, splits=splits, blocks=blocks,
     )  # fmt: skip
     library.run(ctypes.byref(arguments))
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:3])
@@ -130,15 +140,31 @@ def test_emulated_block_equals_the_reference(case, emulated):
 
 
 @needs_compiler
+@pytest.mark.parametrize("case, splits, blocks", IN_TEAMS)
+def test_teams_of_a_block_take_shares_of_their_own(case, splits, blocks, emulated):
+    snapshot, query, options, expected, expected_lse = make_case(case, torch.float16)
+    past, tail = quantized_past(snapshot), (snapshot.tail_keys, snapshot.tail_values)
+    one = find_shape(*tables(past), query.shape[1] // 2 * query.shape[2], options["softcap"] is not None)
+    shape = one.in_teams
+    assert one.teams == 1 and shape.teams == one.warps // 4 > 1 and shape.span == 64
+    library = emulated(shape)
+    assert library.shared_bytes() == shared_bytes(shape) <= shared_bytes(one)
+    out, lse = emulate(library, shape, query, past, tail, splits=splits, blocks=blocks, **options)
+    assert_near(out, expected, 2e-3)
+    assert_near(lse, expected_lse, 2e-3)
+
+
+@needs_compiler
 @pytest.mark.parametrize("key, value", [("d8b8", "d8b8"), ("d8b8s2", "d32b8")])
 def test_sinks_alone_in_bfloat16(key, value, emulated):
     """The only set of exact tokens stands where anchors do, in the model's dtype."""
     snapshot = random_snapshot(random_codec(key, value, 2, 64), 1, 96, 7, torch.bfloat16, fraction=0.0)
     query, past = torch.randn(1, 8, 1, 64).bfloat16(), quantized_past(snapshot)
     expected, _ = attention(snapshot, query, Visibility(None, False, 1, snapshot.length), 0.125)
-    shape, tail = find_shape(*tables(past), 4, False), (snapshot.tail_keys, snapshot.tail_values)
-    out, _ = emulate(emulated(shape), shape, query, past, tail, scale=0.125, is_causal=False)
-    assert_near(out, expected.flatten(1, 2), 2e-3)
+    one, tail = find_shape(*tables(past), 4, False), (snapshot.tail_keys, snapshot.tail_values)
+    for shape in (one, one.in_teams):
+        out, _ = emulate(emulated(shape), shape, query, past, tail, scale=0.125, is_causal=False)
+        assert_near(out, expected.flatten(1, 2), 2e-3)
 
 
 @needs_compiler
@@ -184,16 +210,53 @@ def padded_case(key, value, device="cpu"):
 def test_lengths_on_the_device_and_hidden_padding(key, value, emulated):
     query, past, tail, expected = padded_case(key, value)
     shape = find_shape(*tables(past), 4, False)
-    out, _ = emulate(emulated(shape), shape, query, past, tail, scale=0.125, is_causal=False, hides_padding=True)
+    options = dict(scale=0.125, is_causal=False, hides_padding=True)
+    out, _ = emulate(emulated(shape), shape, query, past, tail, **options)
     assert_near(out, expected, 2e-3)
+    if key == "d8b8":
+        out, _ = emulate(emulated(shape.in_teams), shape.in_teams, query, past, tail, splits=3, blocks=2, **options)
+        assert_near(out, expected, 2e-3)
 
 
-def test_plan_gives_every_block_work():
-    shape = Shape(128, 1, 8, 1, 8, 1, 2, 16, True, False)
-    for batch, coded in ((1, 1), (1, 4096), (1, 131072), (5, 8192), (16, 131072), (128, 4096), (1000, 128)):
-        splits, blocks = plan(shape, coded, batch, 8, 132)
-        assert 1 <= splits <= 16 and 1 <= blocks <= min(16, batch * splits)
-    assert plan(shape, 131072, 1, 8, 132) == (16, 16) and plan(shape, 131072, 16, 8, 132) == (1, 16)
+@needs_compiler
+def test_nothing_is_coded_yet(emulated):
+    """A step that was planned for more tokens than there are: only the tail counts."""
+    query, past, tail, _ = padded_case("d8b8", "d8b8")
+    past = past._replace(lengths=torch.tensor([0, 7, 0], dtype=torch.int32), offset=torch.zeros(2, dtype=torch.int64))
+    past = past._replace(exact=tuple(tokens for tokens in past.exact if tokens.key_scale is not None))
+    keys, values = (x[:, :, :7].float().repeat_interleave(4, 1) for x in tail)
+    expected = torch.softmax(query.float() @ keys.mT * 0.125, -1) @ values
+    one = find_shape(*tables(past), 4, False)
+    for shape in (one, one.in_teams):
+        out, _ = emulate(emulated(shape), shape, query, past, tail, scale=0.125, splits=2)
+        assert_near(out, expected, 2e-3)
+
+
+def test_plan_gives_every_team_work():
+    one = Shape(128, 1, 8, 1, 8, 1, 2, 12, 1, True, False)
+    for batch, coded in ((1, 1), (1, 4096), (1, 131072), (5, 8192), (16, 131072), (33, 100), (128, 4096), (1000, 128)):
+        shape, splits, blocks = plan(one, coded, batch, 8, 132)
+        assert shape in (one, one.in_teams) and 1 <= splits <= 16 and 1 <= blocks <= min(16, batch * splits)
+        assert shape.teams * blocks <= batch * splits
+    assert plan(one, 131072, 1, 8, 132) == (one, 16, 16) and plan(one, 131072, 16, 8, 132) == (one, 1, 16)
+
+
+def test_plan_makes_teams_of_batches():
+    """What one sequence of a block waits for, others hide; a few sequences are shared by all warps."""
+    one = Shape(128, 1, 8, 1, 8, 1, 2, 12, 1, True, False)
+    assert one.in_teams.teams == 3 and one._replace(warps=8).in_teams.teams == 2
+    for coded in (4096, 16384, 65536):
+        assert all(plan(one, coded, batch, 8, 132)[0].teams == 1 for batch in (1, 4, 16))
+        assert all(plan(one, coded, batch, 8, 132)[0].teams == 3 for batch in (48, 128, 785))
+
+
+def test_both_kernels_are_compiled_before_a_step_is_planned(monkeypatch):
+    """A CUDA graph that is being captured can wait for no compiler."""
+    made = []
+    monkeypatch.setattr(cuda_decode, "obstacle", lambda device: None)
+    monkeypatch.setattr(cuda_decode, "load_kernel", lambda shape, index: made.append(shape))
+    one = Shape(64, 2, 8, 1, 8, 1, 2, 8, 1, True, False)
+    assert cuda_decode._compiles.__wrapped__(one, 0) and made == [one, one._replace(teams=2)]
 
 
 def test_what_has_no_kernel_is_refused():
@@ -219,7 +282,7 @@ def test_what_has_no_kernel_is_refused():
 @pytest.mark.parametrize("stages", [(3, 1), (1, 3)])
 def test_three_stages_of_large_heads_do_not_compile(stages):
     """Their windows would be read from the wrong places."""
-    shape = Shape(128, 1, 4, stages[0], 4, stages[1], 1, 12, True, False)
+    shape = Shape(128, 1, 4, stages[0], 4, stages[1], 1, 12, 1, True, False)
     command = ["g++", "-fsyntax-only", "-std=c++17", "-w", f"-DSHAPE={shape}", f"-I{EMULATOR}"]
     command += [f"-I{cuda_decode.FOLDER}", str(EMULATOR / "decode.cpp")]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -291,7 +354,7 @@ def test_the_table_of_bytes_in_the_documentation():
     for key, value, *said in rows:
         for dim, cell in zip((64, 128), said):
             stages = int(key), int(value)
-            two, one = (Shape(dim, 1, 8, stages[0], 8, stages[1], n, 12, True, False) for n in (2, 1))
+            two, one = (Shape(dim, 1, 8, stages[0], 8, stages[1], n, 12, 1, True, False) for n in (2, 1))
             kib = [-(-shared_bytes(shape) // 1024) for shape in (two, one)]
             fits = [shared_bytes(shape) <= SHARED_MEMORY for shape in (two, one)]
             if not fits[1] or stages[1] == 2:
@@ -302,11 +365,14 @@ def test_the_table_of_bytes_in_the_documentation():
 
 # A shape, and bytes of registers that ptxas may put into memory for it.
 COMPILED = [
-    ("sm_80", Shape(128, 1, 8, 1, 8, 1, 1, 12, True, False), 24),
-    ("sm_89", Shape(64, 1, 8, 1, 8, 1, 1, 12, True, False), 0),
-    ("sm_90", Shape(128, 1, 8, 1, 8, 1, 2, 12, True, False), 24),
-    ("sm_90", Shape(128, 1, 8, 2, 8, 1, 1, 12, True, False), 24),
-    ("sm_90", Shape(64, 1, 4, 3, 4, 3, 1, 12, True, False), 0),
+    ("sm_80", Shape(128, 1, 8, 1, 8, 1, 1, 12, 1, True, False), 24),
+    ("sm_80", Shape(128, 1, 8, 1, 8, 1, 1, 12, 3, True, False), 40),
+    ("sm_89", Shape(64, 1, 8, 1, 8, 1, 1, 12, 3, True, False), 0),
+    ("sm_90", Shape(128, 1, 8, 1, 8, 1, 2, 12, 1, True, False), 24),
+    ("sm_90", Shape(128, 1, 8, 1, 8, 1, 2, 12, 3, True, False), 24),
+    ("sm_90", Shape(128, 2, 8, 1, 8, 1, 2, 8, 2, True, False), 0),
+    ("sm_90", Shape(128, 1, 8, 2, 8, 1, 1, 12, 1, True, False), 24),
+    ("sm_90", Shape(64, 1, 4, 3, 4, 3, 1, 12, 1, True, False), 0),
 ]
 
 
@@ -338,6 +404,19 @@ def test_on_a_gpu(case, dtype, gpu):
         query, quantized_past(snapshot), snapshot.tail_keys, snapshot.tail_values, **options
     )
     assert_near(out, expected, 1e-2 if dtype == torch.bfloat16 else 3e-3)
+    assert_near(lse, expected_lse, 3e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case, splits, blocks", IN_TEAMS)
+def test_teams_on_a_gpu(case, splits, blocks, gpu, monkeypatch):
+    """Also what `plan` would give to whole blocks."""
+    monkeypatch.setattr(cuda_decode, "plan", lambda shape, *sizes: (shape.in_teams, splits, blocks))
+    case = (*case[:6], case[6] * 9, *case[7:])
+    snapshot, query, options, expected, expected_lse = make_case(case, torch.float16, "cuda")
+    past, tail = quantized_past(snapshot), (snapshot.tail_keys, snapshot.tail_values)
+    out, lse = cuda_decode.decode_attention(query, past, *tail, **options)
+    assert_near(out, expected, 3e-3)
     assert_near(lse, expected_lse, 3e-3)
 
 

@@ -40,6 +40,10 @@ std::vector<Warp> warps;
 ucontext_t scheduler;
 int current, block_arrived;
 long block_generation;
+struct Barrier {
+  int arrived = 0, threads = 0;
+  long generation = 0;
+} barriers[16];
 
 [[noreturn]] inline void fail(const char* what) {
   fprintf(stderr, "thread %d: %s\n", current, what);
@@ -185,6 +189,19 @@ inline void sync_block() {
     for (long before = block_generation; block_generation == before;) yield();
   }
 }
+inline void sync_some(int barrier, int threads) {
+  using namespace emulator;
+  if (barrier < 1 || barrier > 15 || threads % 32) fail("no such barrier");
+  Barrier& b = barriers[barrier];
+  if (b.arrived && b.threads != threads) fail("a barrier for different numbers of threads");
+  b.threads = threads;
+  if (++b.arrived == threads) {
+    b.arrived = 0;
+    b.generation++;
+  } else {
+    for (long before = b.generation; b.generation == before;) yield();
+  }
+}
 inline bool all_of_block(bool x) {
   static bool all;
   static long generation = -1;
@@ -256,6 +273,7 @@ inline float shuffle_xor(float x, int lanes) {
   emulator::mine().argument = lanes;
   return emulator::together(emulator::SHUFFLE_XOR).c[0];
 }
+inline int uniform(int x) { return x; }
 inline bool any_lane(bool x) {
   emulator::mine().argument = x;
   return emulator::together(emulator::ANY).argument;

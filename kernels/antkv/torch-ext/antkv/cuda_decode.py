@@ -33,7 +33,9 @@ SHARED_MEMORY = 232448  # bytes that a block of an H100, H200 or B200 can have
 MIN_CAPABILITY = (8, 0)
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 LOG2E = math.log2(math.e)
-OVERHEAD_SPANS = 3  # what the exact tokens and the sums of a share cost, in spans
+TEAM_WARPS = 4  # of a team, where a block has several
+# What a share costs besides its codes, in spans: what one team waits for, others hide.
+OVERHEAD_SPANS, TEAMS_OVERHEAD_SPANS = 10, 8
 
 _POINTERS_FIRST = ("partial", "partial_max", "partial_total", "key_codes", "value_codes", "exact_bits", "offset")
 _POINTERS = (
@@ -72,6 +74,7 @@ class Shape(NamedTuple):
     value_stages: int
     value_copies: int
     warps: int
+    teams: int
     rotates: bool
     softcap: bool
 
@@ -80,8 +83,13 @@ class Shape(NamedTuple):
 
     @property
     def span(self) -> int:
-        """Tokens that the warps of a block take at a time."""
-        return 16 * self.warps
+        """Tokens that the warps of a team take at a time."""
+        return 16 * self.warps // self.teams
+
+    @property
+    def in_teams(self) -> Shape:
+        """The same kernel for a batch large enough that each team of four warps has sequences of its own."""
+        return self._replace(teams=self.warps // TEAM_WARPS)
 
 
 def check_tables(keys: KeyTables, values: ValueTables) -> None:
@@ -111,6 +119,8 @@ def find_shape(
 ) -> Shape:
     """The kernel for `rows` query rows a kv head on a GPU that gives a block so many bytes of shared memory.
 
+    Its blocks are one team; `plan` decides whether they are several, which takes no more memory.
+
     Raises:
         ValueError: if there is none.
     """
@@ -121,7 +131,7 @@ def find_shape(
     warps = 12 if rows <= 4 and min(key.sub_dim, value.sub_dim) > 2 else 8
     shape = Shape(
         keys.mean.shape[1], 1 if rows <= 4 else 2, key.sub_dim, key.stages, value.sub_dim, value.stages, 1, warps,
-        keys.rotates, softcap,
+        1, keys.rotates, softcap,
     )  # fmt: skip
     # The tables of two stages are read without bank conflicts, and so is one of which there are two.
     doubled = shape._replace(value_copies=1 + value.stages % 2)
@@ -137,20 +147,28 @@ def find_shape(
     return shape
 
 
-def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> tuple[int, int]:
-    """Splits of a sequence and blocks a kv head: a block takes ``batch * splits / blocks`` shares, one after the other.
+def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> tuple[Shape, int, int]:
+    """The kernel in one team or in several, splits of a sequence, and blocks a kv head.
 
-    The most loaded block decides, so splits are chosen for the least of its tokens, with what a share costs by itself.
+    A team takes ``batch * splits / (blocks * teams)`` shares, one after the other. The most loaded one decides, so
+    splits are chosen for the least of its tokens, with what a share costs by itself. A span of one of several teams
+    takes as long as one of a whole block: all teams are at work. Several need sequences for each block to choose from.
     """
     blocks = max(1, processors // heads)
-    spans = -(-coded // shape.span)
-
-    def cost(splits: int) -> float:
-        shares = -(-batch * splits // blocks)
-        return shares * (-(-spans // splits) + OVERHEAD_SPANS)
-
-    splits = min(range(1, min(blocks, max(spans, 1), MAX_SPLITS) + 1), key=cost)
-    return splits, min(blocks, batch * splits)
+    several = shape.in_teams
+    cheapest = math.inf, shape, 1
+    for form, overhead in ((shape, OVERHEAD_SPANS), (several, TEAMS_OVERHEAD_SPANS)):
+        if form is several and (shape.teams == several.teams or batch < 2 * blocks):
+            continue
+        spans, takers = -(-coded // form.span), blocks * form.teams
+        for splits in range(1, min(blocks, max(spans, 1), MAX_SPLITS) + 1):
+            if form is several and batch * splits < takers:
+                continue  # some would have nothing to do
+            cost = -(-batch * splits // takers) * (-(-spans // splits) + overhead)
+            if cost < cheapest[0]:
+                cheapest = cost, form, splits
+    _, form, splits = cheapest
+    return form, splits, min(blocks, batch * splits)
 
 
 def make_arguments(
@@ -217,8 +235,9 @@ def shared_bytes(shape: Shape) -> int:
     """`Shape::BYTES` of layout.cuh: shared memory of a block."""
     dim, rows, warps = shape.head_dim, 4 * shape.row_groups, shape.warps
     tables = (shape.key_stages + shape.value_stages - 1 + shape.value_copies) * 512 * dim + 7 * dim
-    queries = 2 * (16 // shape.row_groups) * dim * rows * 2
-    return tables + max(queries, 2 * warps * rows * 4 + warps * rows * dim * 4)
+    queries = 2 * (16 // shape.row_groups // shape.teams) * dim * rows * 2
+    team_warps = warps // shape.teams
+    return tables + shape.teams * max(queries, 2 * team_warps * rows * 4 + team_warps * rows * dim * 4)
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -243,7 +262,7 @@ def cubin_folder() -> Path:
 
 @functools.cache
 def load_kernel(shape: Shape, device_index: int) -> Kernel:
-    """Compiles a kernel that `find_shape` found for a GPU (about three seconds), or takes it from the disk."""
+    """Compiles a kernel that `plan` chose for a GPU (about three seconds), or takes it from the disk."""
     from cuda.bindings import driver
     from cuda.core import Device, Program, ProgramOptions
     from cuda.core.utils import FileStreamProgramCache
@@ -286,11 +305,13 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def _compiles(shape: Shape, device_index: int) -> bool:
-    """Whether a kernel can be had for this GPU; warns if it does not compile."""
+    """Whether a kernel can be had for this GPU, in one team and in several: which of them a step takes is known only
+    when it is planned, and then a CUDA graph may be under way. Warns if one does not compile."""
     if obstacle(torch.device("cuda", device_index)) is not None:
         return False
     try:
-        load_kernel(shape, device_index)
+        for form in (shape, shape.in_teams):
+            load_kernel(form, device_index)
     except Exception as error:  # of NVRTC or the driver: an older one, a missing library
         warnings.warn(f"decoding with Triton's kernels, since {shape} cannot be compiled: {error}", stacklevel=2)
         return False
@@ -366,7 +387,7 @@ def decode_attention(
         memory = shared_memory(query.device)
         shape = find_shape(past.key_tables, past.value_tables, rows, softcap is not None, memory)
     processors = _properties(query.device.index or 0).multi_processor_count
-    splits, blocks = plan(shape, past.length, batch, heads, processors)
+    shape, splits, blocks = plan(shape, past.length, batch, heads, processors)
     options = dict(device=query.device, dtype=torch.float32)
     partial = torch.empty(batch, heads, 2 * splits, rows, dim, **options)
     state = torch.empty(2, batch, heads, 2 * splits, rows, **options)

@@ -1,39 +1,40 @@
 // Decode attention: a few query tokens over codes, anchors, sinks and window. A block keeps the tables of one kv head
-// in shared memory and takes the sequences' shares one after the other; merge_splits.py merges what it writes.
+// in shared memory, and each of its teams takes sequences' shares one after the other; merge_splits.py merges what they
+// write.
 
 // Where a warp's sum of a row stands: a lane's channels are D/8 neighbours, whose owners stand next to each other.
 template <class S>
-DEVICE uint32_t sum_place(uint32_t base, int warp, int row, int lane_of_channel, int channel_of_lane) {
-  return base + S::SUMS + ((warp * S::ROWS + row) * S::D + channel_of_lane * 8 + lane_of_channel) * 4;
+DEVICE uint32_t sum_place(uint32_t work, int warp, int row, int lane_of_channel, int channel_of_lane) {
+  return work + S::SUMS + ((warp * S::ROWS + row) * S::D + channel_of_lane * 8 + lane_of_channel) * 4;
 }
 
 // Puts the maxima and totals of a warp's rows to where `store_partial` reads them; `total` is of a lane's tokens.
 template <class S>
-DEVICE void store_state(uint32_t base, int warp, int lane, const float (&maximum)[2], float (&total)[2]) {
+DEVICE void store_state(const Team<S>& team, const float (&maximum)[2], float (&total)[2]) {
   for (int k = 0; k < 2; k++) {
     for (int lanes = 4; lanes < 32; lanes *= 2) total[k] += shuffle_xor(total[k], lanes);
-    const uint32_t state = base + S::STATES + (warp * S::ROWS + 2 * lane + k) * 8;
-    if (2 * lane < S::ROWS) {
+    const uint32_t state = team.work + (team.warp() * S::ROWS + 2 * team.lane() + k) * 8;
+    if (2 * team.lane() < S::ROWS) {
       store_shared_float(state, maximum[k]);
       store_shared_float(state + 4, total[k]);
     }
   }
 }
 
-// Writes what the warps of a block found to part `part` of (b, h).
+// Writes what the warps of a team found to part `part` of (b, h).
 template <class S>
-DEVICE void store_partial(const Arguments& a, int64_t bh, int part, uint32_t base, int thread) {
+DEVICE void store_partial(const Arguments& a, int64_t bh, int part, const Team<S>& team) {
   const int rows = a.group * a.q_len;
-  for (int i = thread; i < rows * S::D; i += S::THREADS) {
+  for (int i = team.thread; i < rows * S::D; i += S::TEAM_THREADS) {
     const int row = i / S::D, lane_of_channel = i % 8, channel_of_lane = i % S::D / 8;
     float peak = LOWEST, total = 0.0f, out = 0.0f;
-    for (int w = 0; w < S::THREADS / 32; w++)
-      peak = largest(peak, load_shared_float(base + S::STATES + (w * S::ROWS + row) * 8));
-    for (int w = 0; w < S::THREADS / 32; w++) {
-      const uint32_t state = base + S::STATES + (w * S::ROWS + row) * 8;
+    for (int w = 0; w < S::TEAM_WARPS; w++)
+      peak = largest(peak, load_shared_float(team.work + (w * S::ROWS + row) * 8));
+    for (int w = 0; w < S::TEAM_WARPS; w++) {
+      const uint32_t state = team.work + (w * S::ROWS + row) * 8;
       const float weight = exp2_fast(load_shared_float(state) - peak);
       total += weight * load_shared_float(state + 4);
-      out += weight * load_shared_float(sum_place<S>(base, w, row, lane_of_channel, channel_of_lane));
+      out += weight * load_shared_float(sum_place<S>(team.work, w, row, lane_of_channel, channel_of_lane));
     }
     const int64_t to = (bh * 2 * a.splits + part) * rows + row;
     a.partial[to * S::D + lane_of_channel * (S::D / 8) + channel_of_lane] = out;
@@ -44,15 +45,14 @@ DEVICE void store_partial(const Arguments& a, int64_t bh, int part, uint32_t bas
   }
 }
 
-// The codes first..last-1 of (b, h), to the block's sums in shared memory.
+// The codes first..last-1 of (b, h), to the team's sums in shared memory.
 template <class S>
-DEVICE void sum_codes(const Arguments& a, int b, int h, int first, int last, uint8_t* memory, int thread) {
-  const int warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
-  const uint32_t base = shared_address(memory);
+DEVICE void sum_codes(const Arguments& a, int b, int h, int first, int last, const Team<S>& team) {
+  const int g = team.lane() / 4, c = team.lane() % 4;
   CodeSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
-  attend_codes<S>(a, b, h, first, last, memory, thread, sums);
-  sync_block();  // queries were read: their place is free
-  store_state<S>(base, warp, lane, sums.maximum, sums.total);
+  attend_codes<S>(a, b, h, first, last, team, sums);
+  team.sync();  // queries were read: their place is free
+  store_state<S>(team, sums.maximum, sums.total);
   constexpr int WORDS = S::VALUE_ENTRY / 2;
 #pragma unroll
   for (int i = 0; i < S::D / 32 * S::GROUPS; i++)
@@ -60,28 +60,28 @@ DEVICE void sum_codes(const Arguments& a, int b, int h, int first, int last, uin
     for (int k = 0; k < 4; k++) {
       const int entry = S::GROUPS == 1 ? i / WORDS * 2 + c / 2 : i / WORDS, row = (2 * c + k % 2) % S::ROWS;
       const int channel = entry * S::VALUE_ENTRY + i % WORDS * 2 + k / 2;
-      store_shared_float(sum_place<S>(base, warp, row, g, channel), sums.out[i][k]);
+      store_shared_float(sum_place<S>(team.work, team.warp(), row, g, channel), sums.out[i][k]);
     }
 }
 
 // The share `split` of the exact tokens of (b, h), likewise.
 template <class S>
 DEVICE void sum_exact(const Arguments& a, int b, int h, int split, int coded, int tail, int anchors, bool neighbours,
-                      uint32_t base, int thread) {
-  const int warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4, length = coded + tail;
-  store_query<S>(a, b, h, neighbours, base, thread);
+                      const Team<S>& team) {
+  const int g = team.lane() / 4, c = team.lane() % 4, length = coded + tail;
+  store_query<S>(a, b, h, neighbours, team);
   ExactSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
-  sync_block();
+  team.sync();
   const int part = (anchors + a.splits - 1) / a.splits, first = split * part;
   const int last = first + part < anchors ? first + part : anchors;
   const int sinks = split == a.splits - 1 ? a.sinks : 0;
   const int tail_part = (tail + a.splits - 1) / a.splits, tail_first = (a.splits - 1 - split) * tail_part;
   const int tail_last = tail_first + tail_part < tail ? tail_first + tail_part : tail;
-  constexpr int WARPS = S::THREADS / 32;
+  constexpr int WARPS = S::TEAM_WARPS;
   const int tail_warp = (part + 15) / 16 % WARPS, sink_warp = (tail_warp + (tail_part + 15) / 16) % WARPS;
   if (a.anchor_kind == 1)
     attend_exact<S, INT8>(a, b, h, first, last, a.anchor_capacity, a.anchor_positions, a.anchor_keys, a.anchor_values,
-                          a.anchor_key_scale, a.anchor_value_scale, 0, length, 0, neighbours, base, thread, sums);
+                          a.anchor_key_scale, a.anchor_value_scale, 0, length, 0, neighbours, team, sums);
 #pragma unroll 1
   for (int set = a.anchor_kind == 2 ? 0 : 1; set < 3; set++) {  // plain ones: anchors, tail, sinks
     const int from = set == 0 ? first : set == 1 ? tail_first : 0, to = set == 0 ? last : set == 1 ? tail_last : sinks;
@@ -91,39 +91,40 @@ DEVICE void sum_exact(const Arguments& a, int b, int h, int split, int coded, in
     const void* values = set == 0 ? a.anchor_values : set == 1 ? a.tail_values : a.sink_values;
     const int first_warp = set == 0 ? 0 : set == 1 ? tail_warp : sink_warp;
     attend_exact<S, PLAIN>(a, b, h, from, to, capacity, positions, keys, values, 0, 0, coded, length, first_warp,
-                           neighbours, base, thread, sums);
+                           neighbours, team, sums);
   }
-  sync_block();  // queries were read
-  store_state<S>(base, warp, lane, sums.maximum, sums.total);
+  team.sync();  // queries were read
+  store_state<S>(team, sums.maximum, sums.total);
 #pragma unroll
   for (int i = 0; i < S::D / 16; i++)
 #pragma unroll
     for (int k = 0; k < 4; k++)
       if (2 * c + k % 2 < S::ROWS)
-        store_shared_float(sum_place<S>(base, warp, 2 * c + k % 2, g, 2 * i + k / 2), sums.out[i][k]);
+        store_shared_float(sum_place<S>(team.work, team.warp(), 2 * c + k % 2, g, 2 * i + k / 2), sums.out[i][k]);
 }
 
 template <class S>
 DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
-  const int h = block / a.blocks_per_head, first_item = block % a.blocks_per_head;
+  const int h = block / a.blocks_per_head;
   const int coded = a.lengths ? a.lengths[0] : a.coded, tail = a.lengths ? a.lengths[1] : a.tail;
   const int anchors = a.lengths ? a.lengths[2] : a.anchors;
-  const uint32_t base = shared_address(memory);
+  const Team<S> team(shared_address(memory), thread);
   const bool neighbours = fill_tables<S>(a, h, memory, thread);
-  sync_block();
+  sync_block();  // the last one of the block: from here on every team waits for itself alone
   const int share = ((coded + S::SPAN - 1) / S::SPAN + a.splits - 1) / a.splits * S::SPAN;
-  for (int item = first_item; item < a.batch * a.splits; item += a.blocks_per_head) {
+  const int first_item = team.number * a.blocks_per_head + block % a.blocks_per_head;  // busy teams in all blocks
+  for (int item = first_item; item < a.batch * a.splits; item += S::TEAMS * a.blocks_per_head) {
     const int b = item / a.splits, split = item % a.splits;
     const int64_t bh = (int64_t)b * a.heads + h;
     const int first = split * share, last = first + share < coded ? first + share : coded;
-    sum_codes<S>(a, b, h, first, last, memory, thread);
-    sync_block();
-    store_partial<S>(a, bh, split, base, thread);
-    sync_block();
-    sum_exact<S>(a, b, h, split, coded, tail, anchors, neighbours, base, thread);
-    sync_block();
-    store_partial<S>(a, bh, a.splits + split, base, thread);
-    sync_block();
+    sum_codes<S>(a, b, h, first, last, team);
+    team.sync();
+    store_partial<S>(a, bh, split, team);
+    team.sync();
+    sum_exact<S>(a, b, h, split, coded, tail, anchors, neighbours, team);
+    team.sync();
+    store_partial<S>(a, bh, a.splits + split, team);
+    team.sync();
   }
 }
 

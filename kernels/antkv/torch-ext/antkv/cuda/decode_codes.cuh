@@ -14,8 +14,8 @@
 // Of several stages the entries are added. Keys' stages are read one after the other. Values' go two by two: the tables
 // of two stages stand where copies would, half of the lanes read the second first, and neither needs a copy. A third
 // has two again, or one where two do not fit: then two lanes meet in a column.
-// Keys are coded before RoPE: a warp always takes the same 16 tokens of a span of 16 * WARPS, whose angles never change,
-// and the query is turned to the start of each span once for the whole block.
+// Keys are coded before RoPE: a warp always takes the same 16 tokens of a span of 16 * TEAM_WARPS, whose angles never
+// change, and the query is turned to the start of each span once for the whole team.
 
 // What every lane keeps of the online softmax over codes, for the query rows of its two columns.
 template <class S>
@@ -28,10 +28,10 @@ struct CodeSums {
 // times the scales, as [span][8 channels of a lane][query row][lane] of float16, pairs as the keys' tables have them.
 template <class S>
 DEVICE void turn_queries(const Arguments& a, int b, int h, int first, int last, int offset, uint32_t to, int thread) {
-  constexpr int ITEMS = S::ROWS * S::D / 4, PARALLEL = S::THREADS / ITEMS;  // items: two pairs of a row
+  constexpr int ITEMS = S::ROWS * S::D / 4, PARALLEL = S::TEAM_THREADS / ITEMS;  // items: two pairs of a row
   constexpr int CHUNKS = PARALLEL < 2 ? 1 : PARALLEL < 4 ? 2 : 4, SPANS = S::AHEAD / CHUNKS;
   const int rows = a.group * a.q_len;
-  for (int i = thread; i < ITEMS * CHUNKS; i += S::THREADS) {
+  for (int i = thread; i < ITEMS * CHUNKS; i += S::TEAM_THREADS) {
     const int row = i / (S::D / 4) % S::ROWS, eight = i % (S::D / 4) / 2, two = i % 2, span = i / ITEMS * SPANS;
     float x[2], y[2], step_sine[2], step_cosine[2];
 #pragma unroll
@@ -195,12 +195,12 @@ DEVICE void add_tile(const uint32_t (&codes)[S::VALUE_WORDS], const uint32_t (&p
   if constexpr (S::VALUE_STEPS > 3) add_values<S, 3>(codes, place, prob, kept, c, out);
 }
 
-// Adds the coded tokens first..last-1 of (b, h); `first` is a multiple of 16. All warps of the block take part.
+// Adds the coded tokens first..last-1 of (b, h); `first` is a multiple of 16. All warps of the team take part.
 template <class S>
-DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, uint8_t* memory, int thread,
+DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, const Team<S>& team,
                          CodeSums<S>& sums) {
-  const int warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
-  const uint32_t base = settled(shared_address(memory));
+  const int warp = team.warp(), lane = team.lane(), g = lane / 4, c = lane % 4;
+  const uint32_t base = settled(team.base);
   const int64_t bh = (int64_t)b * a.heads + h;
   const int offset = (int)a.offset[b];
   const int lowest = a.hides_padding ? offset : 0;
@@ -239,7 +239,7 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
       value_place[S::VALUE_PLACES - 1][k] =
           base + S::VALUE_TABLE + section / 2 * SECTION + (column + section % 2) * (2 * S::VALUE_ENTRY);
     const int of_column = S::GROUPS == 1 ? g / 4 : 0;  // with up to four rows: which of the two orders it has
-    query_place[k] = base + S::QUERIES + ((k ^ of_column) * S::ROWS + g % S::ROWS) * 64 + c * 16;
+    query_place[k] = team.work + ((k ^ of_column) * S::ROWS + g % S::ROWS) * 64 + c * 16;
   }
   const bool right_column = S::GROUPS == 2 || c / 2 == other_half;
   const bool kept = g / 4 == (c & 1);
@@ -265,8 +265,8 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
   int buffer = 0;
   for (int start = first; start < last; start += S::AHEAD * S::SPAN, buffer ^= 1) {
     uint32_t query_offset = S::AHEAD * S::QUERY_BYTES * buffer;
-    turn_queries<S>(a, b, h, start, last, offset, base + S::QUERIES + query_offset, thread);
-    sync_block();  // two buffers: nobody writes one before everybody has passed the barrier after reading it
+    turn_queries<S>(a, b, h, start, last, offset, team.work + query_offset, team.thread);
+    team.sync();  // two buffers: nobody writes one before everybody has passed the barrier after reading it
 #pragma unroll 1
     for (int span = 0; span < S::AHEAD && tile < last; span++, tile += S::SPAN, query_offset += S::QUERY_BYTES) {
       uint32_t key[2][S::KEY_WORDS], value[S::VALUE_WORDS];

@@ -12,9 +12,9 @@ enum Kind { INT8, PLAIN };  // PLAIN: float16 or bfloat16, which is taken as flo
 // The plain query in the order of `sort_pairs`, as [8 channels of a lane][query row][lane] of float16; after it the query
 // for keys before RoPE, times the scale of pairs.
 template <class S>
-DEVICE void store_query(const Arguments& a, int b, int h, bool neighbours, uint32_t base, int thread) {
+DEVICE void store_query(const Arguments& a, int b, int h, bool neighbours, const Team<S>& team) {
   const int rows = a.group * a.q_len;
-  for (int i = thread; i < S::ROWS * S::D / 4; i += S::THREADS) {
+  for (int i = team.thread; i < S::ROWS * S::D / 4; i += S::TEAM_THREADS) {
     const int row = i / (S::D / 4), eight = i % (S::D / 4) / 2, two = i % 2;
     float x[2] = {}, y[2] = {}, scale[2] = {};
     if (row < rows) {
@@ -22,14 +22,14 @@ DEVICE void store_query(const Arguments& a, int b, int h, bool neighbours, uint3
       for (int k = 0; k < 2; k++) {
         const int at = eight * 4 + two * 2 + k;
         const uint32_t channels =
-            neighbours ? at | (at + S::D / 2) << 8 : load_shared_16(base + Pairs<S>::CHANNELS + 2 * at);
+            neighbours ? at | (at + S::D / 2) << 8 : load_shared_16(team.base + Pairs<S>::CHANNELS + 2 * at);
         x[k] = load_16(q + (channels & 255u), a.query_is_bfloat) * a.scale_log2;
         y[k] = load_16(q + (channels >> 8), a.query_is_bfloat) * a.scale_log2;
-        scale[k] = S::ROTATES ? load_shared_float(base + Pairs<S>::SCALE + 4 * at) : 1.0f;
+        scale[k] = S::ROTATES ? load_shared_float(team.base + Pairs<S>::SCALE + 4 * at) : 1.0f;
       }
     }
     const uint32_t place =
-        base + S::QUERIES + (eight % (S::D / 32) * S::ROWS + row) * 64 + eight / (S::D / 32) * 16 + two * 8;
+        team.work + (eight % (S::D / 32) * S::ROWS + row) * 64 + eight / (S::D / 32) * 16 + two * 8;
     store_shared_64(place, pack_half2(x[0], x[1]), pack_half2(y[0], y[1]));
     store_shared_64(place + S::QUERY_BYTES, pack_half2(x[0] * scale[0], x[1] * scale[1]),
                     pack_half2(y[0] * scale[0], y[1] * scale[1]));
@@ -102,15 +102,15 @@ template <class S, Kind KIND>
 DEVICE void attend_exact(const Arguments& a, int b, int h, int first, int last, int rows_in_buffer,
                          const int* positions, const void* keys, const void* values, const uint16_t* key_scale,
                          const uint16_t* value_scale, int first_position, int length, int first_warp, bool neighbours,
-                         uint32_t base, int thread, ExactSums<S>& sums) {
-  constexpr int WARPS = S::THREADS / 32, CHANNELS = S::D / 8, BYTES = S::D * (KIND == INT8 ? 1 : 2);
-  constexpr int QUERY = S::QUERIES + (KIND == INT8 ? S::QUERY_BYTES : 0);
-  const int lane = thread % 32, g = lane / 4, c = lane % 4;
+                         const Team<S>& team, ExactSums<S>& sums) {
+  constexpr int WARPS = S::TEAM_WARPS, CHANNELS = S::D / 8, BYTES = S::D * (KIND == INT8 ? 1 : 2);
+  const uint32_t base = team.base, query_place = team.work + (KIND == INT8 ? S::QUERY_BYTES : 0);
+  const int lane = team.lane(), g = lane / 4, c = lane % 4;
   const int offset = (int)a.offset[b], lowest = a.hides_padding ? offset : 0;
   const int64_t start = ((int64_t)b * a.heads + h) * rows_in_buffer;
   int last_seen[2];
   for (int k = 0; k < 2; k++) last_seen[k] = a.causal ? length - a.q_len + (2 * c + k) % a.q_len : length - 1;
-  for (int tile = first + (thread / 32 + WARPS - first_warp) % WARPS * 16; tile < last; tile += 16 * WARPS) {
+  for (int tile = first + (team.warp() + WARPS - first_warp) % WARPS * 16; tile < last; tile += 16 * WARPS) {
     const int ahead = tile + 16 * WARPS + lane % 16;  // rows are far away
     if (ahead < last) ask_for((const uint8_t*)(lane < 16 ? keys : values) + (start + ahead) * BYTES);
     // All loads of a tile before what needs one.
@@ -157,7 +157,7 @@ DEVICE void attend_exact(const Arguments& a, int b, int h, int first, int last, 
 #pragma unroll
     for (int i = 0; i < CHANNELS; i += 4) {
       uint32_t query[4];
-      load_shared_128(base + QUERY + (i / 4 * S::ROWS + g % S::ROWS) * 64 + c * 16, query);
+      load_shared_128(query_place + (i / 4 * S::ROWS + g % S::ROWS) * 64 + c * 16, query);
       multiply_add(part[0], key[0][i], key[1][i], key[0][i + 1], key[1][i + 1], query[0], query[1]);
       multiply_add(part[1], key[0][i + 2], key[1][i + 2], key[0][i + 3], key[1][i + 3], query[2], query[3]);
     }

@@ -38,7 +38,7 @@ struct Arguments {
 
 constexpr float LOWEST = -1e30f;
 constexpr int SECTION = 32768;
-constexpr int SPANS_AHEAD = 16;  // spans whose queries are turned at a time
+constexpr int SPANS_AHEAD = 16;  // spans whose queries all teams of a block turn at a time
 
 DEVICE float load_16(const uint16_t* p, int is_bfloat) { return is_bfloat ? bfloat_to_float(*p) : half_to_float(*p); }
 
@@ -71,14 +71,18 @@ struct LaneCodes {
 // centroids are added. An entry is what one read of a table brings: a code's channels, eight at most.
 // VALUE_COPIES: 2 if the last stage of values has a second copy of its table, which an odd number of stages needs
 // against bank conflicts (see decode_codes.cuh); 1 if not.
+// TEAMS: a block's warps are one team or several, each of which takes shares of sequences on its own: what one waits for,
+// queries, exact tokens, sums, then takes no time of the others.
 template <int HEAD_DIM, int ROW_GROUPS, int KEY_DIM_, int KEY_STAGES_, int VALUE_DIM_, int VALUE_STAGES_,
-          int VALUE_COPIES, int WARPS, bool ROTATES_, bool SOFTCAP_>
+          int VALUE_COPIES, int WARPS, int TEAMS_, bool ROTATES_, bool SOFTCAP_>
 struct Shape {
   static constexpr bool ROTATES = ROTATES_, SOFTCAP = SOFTCAP_;
   static constexpr int D = HEAD_DIM, GROUPS = ROW_GROUPS, ROWS = 4 * ROW_GROUPS;
   static constexpr int KEY_DIM = KEY_DIM_, VALUE_DIM = VALUE_DIM_;
   static constexpr int KEY_STAGES = KEY_STAGES_, VALUE_STAGES = VALUE_STAGES_;
-  static constexpr int THREADS = 32 * WARPS, SPAN = 16 * WARPS, AHEAD = SPANS_AHEAD / ROW_GROUPS;
+  static constexpr int THREADS = 32 * WARPS, TEAMS = TEAMS_, TEAM_WARPS = WARPS / TEAMS;
+  static_assert(WARPS % TEAMS == 0, "teams have as many warps each");
+  static constexpr int TEAM_THREADS = 32 * TEAM_WARPS, SPAN = 16 * TEAM_WARPS, AHEAD = SPANS_AHEAD / ROW_GROUPS / TEAMS;
   static constexpr int KEY_GROUPS = D / KEY_DIM, VALUE_GROUPS = D / VALUE_DIM;  // of channels that share a code
   static constexpr int KEY_ENTRY = KEY_DIM < 8 ? KEY_DIM : 8, VALUE_ENTRY = VALUE_DIM < D / 16 ? VALUE_DIM : D / 16;
   static constexpr int KEY_SPREAD = KEY_DIM / KEY_ENTRY, VALUE_SPREAD = VALUE_DIM / VALUE_ENTRY;  // entries of a code
@@ -101,10 +105,30 @@ struct Shape {
   static constexpr int QUERY_BYTES = D * ROWS * 2;  // one turned query
   static constexpr int KEY_TABLE = 0, VALUE_TABLE = KEY_STAGES * KEY_SECTIONS * SECTION;
   static constexpr int PAIRS = VALUE_TABLE + VALUE_TABLES * (VALUE_SECTIONS / 2) * SECTION;
-  static constexpr int STATES = PAIRS + 7 * D, SUMS = STATES + 2 * WARPS * ROWS * 4;
-  static constexpr int QUERIES = STATES;  // warps' sums take the place of queries
-  static constexpr int END_OF_LOOP = QUERIES + 2 * AHEAD * QUERY_BYTES, END_OF_SUMS = SUMS + WARPS * ROWS * D * 4;
-  static constexpr int BYTES = END_OF_LOOP > END_OF_SUMS ? END_OF_LOOP : END_OF_SUMS;
+  // What a team has of its own: queries, whose place its warps' sums take.
+  static constexpr int WORK = PAIRS + 7 * D, SUMS = 2 * TEAM_WARPS * ROWS * 4;
+  static constexpr int QUERIES_BYTES = 2 * AHEAD * QUERY_BYTES, SUMS_BYTES = SUMS + TEAM_WARPS * ROWS * D * 4;
+  static constexpr int WORK_BYTES = QUERIES_BYTES > SUMS_BYTES ? QUERIES_BYTES : SUMS_BYTES;
+  static constexpr int BYTES = WORK + TEAMS * WORK_BYTES;
+};
+
+// A thread's team: which of the block's it is, and where in shared memory the block's tables and its own work are.
+template <class S>
+struct Team {
+  int number, thread;  // of its TEAM_THREADS
+  uint32_t base, work;
+
+  DEVICE Team(uint32_t base, int of_block)
+      : number(S::TEAMS == 1 ? 0 : uniform(of_block / S::TEAM_THREADS)),
+        thread(S::TEAMS == 1 ? of_block : of_block % S::TEAM_THREADS),
+        base(base),
+        work(base + S::WORK + number * S::WORK_BYTES) {}
+  DEVICE int warp() const { return thread / 32; }
+  DEVICE int lane() const { return thread % 32; }
+  DEVICE void sync() const {
+    if constexpr (S::TEAMS == 1) sync_block();
+    else sync_some(1 + number, S::TEAM_THREADS);
+  }
 };
 
 // Where the values' table of a stage is. Tables stand two by two in the columns of the same sections; one that is left

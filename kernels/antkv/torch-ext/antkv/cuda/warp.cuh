@@ -13,6 +13,10 @@ typedef unsigned long long uint64_t;
 
 DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 DEVICE void sync_block() { __syncthreads(); }
+// Waits for `threads` threads of whole warps, which name the same barrier: 1 to 15, of which nobody else makes use.
+DEVICE void sync_some(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
+}
 DEVICE bool all_of_block(bool x) { return __syncthreads_and(x); }
 
 // 4, 2 or 1 words from memory that nobody writes any more, so that the compiler may move the read; `settled` marks such
@@ -108,6 +112,8 @@ DEVICE int smaller(int a, int b) { return min(a, b); }
 DEVICE float largest(float a, float b) { return fmaxf(a, b); }
 
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+// `x` is the same in all lanes, which the compiler cannot know: so it may be in a register that they share.
+DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 
 // `BYTES` bytes, zeros above them, straight into words: a conversion would wait for the load. Keys' codes are read once,
