@@ -49,6 +49,7 @@ IN_TEAMS = [
     (("d2b8", "d2b8", 128, 3, 1, 1, 136, 9, "interleaved", None, "int8"), 3, 1),
     (("d4b8", "d16b8", 128, 2, 4, 3, 200, 3, "scaled", 20.0, "float16"), 1, 1),
     (("d4b8s3", "d8b8s3", 64, 4, 1, 2, 152, 5, "half", None, "int8"), 2, 3),
+    (("d8b8", "d8b8", 64, 4, 1, 1, 744, 5, "half", None, "int8"), 1, 1),  # more spans than queries are turned for
 ]
 # Those whose tables fit only without a second copy of the last stage of values.
 ONE_COPY = [("d4b8s3", "d4b8s3", 64), ("d8b8s3", "d16b8s3", 64), ("d16b8s3", "d32b8s3", 64), ("d4b8s2", "d8b8", 128)]

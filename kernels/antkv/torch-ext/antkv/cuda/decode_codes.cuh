@@ -29,7 +29,7 @@ struct CodeSums {
 template <class S>
 DEVICE void turn_queries(const Arguments& a, int b, int h, int first, int last, int offset, uint32_t to, int thread) {
   constexpr int ITEMS = S::ROWS * S::D / 4, PARALLEL = S::TEAM_THREADS / ITEMS;  // items: two pairs of a row
-  constexpr int CHUNKS = PARALLEL < 2 ? 1 : PARALLEL < 4 ? 2 : 4, SPANS = S::AHEAD / CHUNKS;
+  constexpr int CHUNKS = PARALLEL < 2 ? 1 : PARALLEL < 4 ? 2 : 4, SPANS = (S::AHEAD + CHUNKS - 1) / CHUNKS;
   const int rows = a.group * a.q_len;
   for (int i = thread; i < ITEMS * CHUNKS; i += S::TEAM_THREADS) {
     const int row = i / (S::D / 4) % S::ROWS, eight = i % (S::D / 4) / 2, two = i % 2, span = i / ITEMS * SPANS;
@@ -54,7 +54,7 @@ DEVICE void turn_queries(const Arguments& a, int b, int h, int first, int last, 
         x[k] = turned;
       }
     }
-    const int spans = smaller(SPANS, (last - first + S::SPAN - 1) / S::SPAN - span);
+    const int spans = smaller(smaller(SPANS, S::AHEAD - span), (last - first + S::SPAN - 1) / S::SPAN - span);
     const uint32_t place = to + span * S::QUERY_BYTES + (eight % (S::D / 32) * S::ROWS + row) * 64 +
                            eight / (S::D / 32) * 16 + two * 8;
     for (int s = 0; s < spans; s++) {
