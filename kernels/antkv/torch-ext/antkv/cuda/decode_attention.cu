@@ -45,12 +45,20 @@ DEVICE void store_partial(const Arguments& a, int64_t bh, int part, const Team<S
   }
 }
 
-// The codes first..last-1 of (b, h), to the team's sums in shared memory.
+// What a team takes at a time: part `split` of the codes and of the exact tokens of sequence `b`.
+struct Share {
+  int b, split;
+
+  DEVICE Share(const Arguments& a, int item) : b(item / a.splits), split(item % a.splits) {}
+};
+
+// The share's codes, to the team's sums in shared memory.
 template <class S>
-DEVICE void sum_codes(const Arguments& a, int b, int h, int first, int last, const Team<S>& team) {
-  const int g = team.lane() / 4, c = team.lane() % 4;
+DEVICE void sum_codes(const Arguments& a, Share share, int h, const Team<S>& team) {
+  const int g = team.lane() / 4, c = team.lane() % 4, coded = Lengths<S>(team.base).coded();
+  const int size = ((coded + S::SPAN - 1) / S::SPAN + a.splits - 1) / a.splits * S::SPAN, first = share.split * size;
   CodeSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
-  attend_codes<S>(a, b, h, first, last, team, sums);
+  attend_codes<S>(a, share.b, h, first, smaller(first + size, coded), team, sums);
   team.sync();  // queries were read: their place is free
   store_state<S>(team, sums.maximum, sums.total);
   constexpr int WORDS = S::VALUE_ENTRY / 2;
@@ -64,19 +72,20 @@ DEVICE void sum_codes(const Arguments& a, int b, int h, int first, int last, con
     }
 }
 
-// The share `split` of the exact tokens of (b, h), likewise.
+// Its exact tokens, likewise.
 template <class S>
-DEVICE void sum_exact(const Arguments& a, int b, int h, int split, int coded, int tail, int anchors, bool neighbours,
-                      const Team<S>& team) {
-  const int g = team.lane() / 4, c = team.lane() % 4, length = coded + tail;
+DEVICE void sum_exact(const Arguments& a, Share share, int h, const Team<S>& team) {
+  const Lengths<S> n(team.base);
+  const int g = team.lane() / 4, c = team.lane() % 4, b = share.b, split = share.split;
+  const int tail = n.tail(), length = n.coded() + tail;
+  const bool neighbours = n.neighbours();
   store_query<S>(a, b, h, neighbours, team);
   ExactSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
   team.sync();
-  const int part = (anchors + a.splits - 1) / a.splits, first = split * part;
-  const int last = first + part < anchors ? first + part : anchors;
-  const int sinks = split == a.splits - 1 ? a.sinks : 0;
+  const int part = (n.anchors() + a.splits - 1) / a.splits, first = split * part;
+  const int last = smaller(first + part, n.anchors()), sinks = split == a.splits - 1 ? a.sinks : 0;
   const int tail_part = (tail + a.splits - 1) / a.splits, tail_first = (a.splits - 1 - split) * tail_part;
-  const int tail_last = tail_first + tail_part < tail ? tail_first + tail_part : tail;
+  const int tail_last = smaller(tail_first + tail_part, tail);
   constexpr int WARPS = S::TEAM_WARPS;
   const int tail_warp = (part + 15) / 16 % WARPS, sink_warp = (tail_warp + (tail_part + 15) / 16) % WARPS;
   if (a.anchor_kind == 1)
@@ -90,8 +99,8 @@ DEVICE void sum_exact(const Arguments& a, int b, int h, int split, int coded, in
     const void* keys = set == 0 ? a.anchor_keys : set == 1 ? a.tail_keys : a.sink_keys;
     const void* values = set == 0 ? a.anchor_values : set == 1 ? a.tail_values : a.sink_values;
     const int first_warp = set == 0 ? 0 : set == 1 ? tail_warp : sink_warp;
-    attend_exact<S, PLAIN>(a, b, h, from, to, capacity, positions, keys, values, 0, 0, coded, length, first_warp,
-                           neighbours, team, sums);
+    attend_exact<S, PLAIN>(a, b, h, from, to, capacity, positions, keys, values, 0, 0, length - tail, length,
+                           first_warp, neighbours, team, sums);
   }
   team.sync();  // queries were read
   store_state<S>(team, sums.maximum, sums.total);
@@ -106,24 +115,28 @@ DEVICE void sum_exact(const Arguments& a, int b, int h, int split, int coded, in
 template <class S>
 DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
   const int h = block / a.blocks_per_head;
-  const int coded = a.lengths ? a.lengths[0] : a.coded, tail = a.lengths ? a.lengths[1] : a.tail;
-  const int anchors = a.lengths ? a.lengths[2] : a.anchors;
   const Team<S> team(shared_address(memory), thread);
-  const bool neighbours = fill_tables<S>(a, h, memory, thread);
-  sync_block();  // the last one of the block: from here on every team waits for itself alone
-  const int share = ((coded + S::SPAN - 1) / S::SPAN + a.splits - 1) / a.splits * S::SPAN;
+  const bool neighbours = begin_tables<S>(a, h, team.base, thread);
+  if (thread == 0) Lengths<S>::store(a, team.base, neighbours);
+  sync_block();
   const int first_item = team.number * a.blocks_per_head + block % a.blocks_per_head;  // busy teams in all blocks
-  for (int item = first_item; item < a.batch * a.splits; item += S::TEAMS * a.blocks_per_head) {
-    const int b = item / a.splits, split = item % a.splits;
-    const int64_t bh = (int64_t)b * a.heads + h;
-    const int first = split * share, last = first + share < coded ? first + share : coded;
-    sum_codes<S>(a, b, h, first, last, team);
+#pragma unroll 1
+  for (int item = first_item;; item += S::TEAMS * a.blocks_per_head) {
+    const bool exists = item < a.batch * a.splits;
+    if (exists) {  // exact tokens need no tables, which are on their way
+      const Share share(a, item);
+      sum_exact<S>(a, share, h, team);
+      team.sync();
+      store_partial<S>(a, (int64_t)share.b * a.heads + h, a.splits + share.split, team);
+      team.sync();
+    }
+    // All threads of the block; from here on every team waits for itself alone.
+    if (item == first_item) finish_tables<S>(team.base, thread);
+    if (!exists) break;
+    const Share share(a, (int)settled(item));  // divided anew: kept, it would fill registers
+    sum_codes<S>(a, share, h, team);
     team.sync();
-    store_partial<S>(a, bh, split, team);
-    team.sync();
-    sum_exact<S>(a, b, h, split, coded, tail, anchors, neighbours, team);
-    team.sync();
-    store_partial<S>(a, bh, a.splits + split, team);
+    store_partial<S>(a, (int64_t)share.b * a.heads + h, share.split, team);
     team.sync();
   }
 }

@@ -44,6 +44,12 @@ DEVICE uint32_t to_half2(uint32_t bfloats) {
   return pack_half2(bfloat_to_float((uint16_t)bfloats), bfloat_to_float((uint16_t)(bfloats >> 16)));
 }
 
+template <int WORDS>
+DEVICE void load_piece(const uint16_t* p, uint32_t (&r)[WORDS]) {
+  if constexpr (WORDS == 4) load_128(p, r);
+  else load_64(p, r);
+}
+
 // Neighbouring elements as they are stored, and pair `k` of them as float16. COUNT: 8 or 16.
 template <Kind KIND, int COUNT>
 struct Row {
