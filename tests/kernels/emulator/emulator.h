@@ -302,7 +302,7 @@ inline void load_64(const void* p, uint32_t (&r)[2]) {
   if ((uintptr_t)p % 8) emulator::fail("misaligned load");
   memcpy(r, p, 8);
 }
-inline void ask_for(const void*) {}
+inline void ask_for(const void* p) { (void)*(const volatile uint8_t*)p; }
 template <int BYTES>
 inline void copy_async(uint32_t to, const void* from) {
   static_assert(BYTES == 8 || BYTES == 16, "no such copy");

@@ -71,8 +71,8 @@ struct LaneCodes {
 // centroids are added. An entry is what one read of a table brings: a code's channels, eight at most.
 // VALUE_COPIES: 2 if the last stage of values has a second copy of its table, which an odd number of stages needs
 // against bank conflicts (see decode_codes.cuh); 1 if not.
-// TEAMS: a block's warps are one team or several, each of which takes shares of sequences on its own: what one waits for,
-// queries, exact tokens, sums, then takes no time of the others.
+// TEAMS: a block's warps are one team or several, each of which takes shares of sequences on its own: while one waits
+// for queries, exact tokens or sums, the others go on.
 template <int HEAD_DIM, int ROW_GROUPS, int KEY_DIM_, int KEY_STAGES_, int VALUE_DIM_, int VALUE_STAGES_,
           int VALUE_COPIES, int WARPS, int TEAMS_, bool ROTATES_, bool SOFTCAP_>
 struct Shape {
@@ -105,7 +105,7 @@ struct Shape {
   static constexpr int QUERY_BYTES = D * ROWS * 2;  // one turned query
   static constexpr int KEY_TABLE = 0, VALUE_TABLE = KEY_STAGES * KEY_SECTIONS * SECTION;
   static constexpr int PAIRS = VALUE_TABLE + VALUE_TABLES * (VALUE_SECTIONS / 2) * SECTION;
-  static constexpr int LENGTHS = PAIRS + 11 * D;
+  static constexpr int LENGTHS = PAIRS + 16 * D;
   // What a team has of its own: queries, whose place its warps' sums take.
   static constexpr int WORK = LENGTHS + 16, SUMS = 2 * TEAM_WARPS * ROWS * 4;
   static constexpr int QUERIES_BYTES = 2 * AHEAD * QUERY_BYTES, SUMS_BYTES = SUMS + TEAM_WARPS * ROWS * D * 4;

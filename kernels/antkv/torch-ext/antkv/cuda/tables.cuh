@@ -26,7 +26,9 @@ template <class S>
 struct Pairs {
   static constexpr int FREQUENCY = S::PAIRS, SCALE = FREQUENCY + 2 * S::D, MEAN = SCALE + 2 * S::D;
   static constexpr int CHANNELS = MEAN + 2 * S::D;
-  static constexpr int LATENT_MEAN = CHANNELS + S::D;  // of channels in latent order, in float32
+  // The same in latent order, in which codes are; means in float32.
+  static constexpr int LATENT_FREQUENCY = CHANNELS + S::D, LATENT_SCALE = LATENT_FREQUENCY + 2 * S::D;
+  static constexpr int LATENT_MEAN = LATENT_SCALE + 2 * S::D, LATENT_CHANNELS = LATENT_MEAN + 4 * S::D;
 };
 
 // A pair on its way from memory: of the first D/2 threads each has one.
@@ -46,6 +48,9 @@ struct OwnPair {
   DEVICE bool store(uint32_t base, int thread) const {
     const bool neighbours = !S::ROTATES || all_of_block(channel[1] == channel[0] + HALF_D);
     if (thread >= HALF_D) return neighbours;
+    store_shared_float(base + Pairs<S>::LATENT_FREQUENCY + 4 * thread, frequency);
+    store_shared_float(base + Pairs<S>::LATENT_SCALE + 4 * thread, scale);
+    store_shared_16(base + Pairs<S>::LATENT_CHANNELS + 2 * thread, channel[0] | channel[1] << 8);
     const int at = neighbours ? channel[0] % HALF_D : thread;
     store_shared_float(base + Pairs<S>::FREQUENCY + 4 * at, frequency);
     store_shared_float(base + Pairs<S>::SCALE + 4 * at, scale);
