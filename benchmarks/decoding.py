@@ -126,12 +126,6 @@ def lanes(model, codebook: AnTKVCodebook, compile_mlps: bool | dict[str, Any] = 
             layer.filled = copy.copy(layer.storage)
         return cache
 
-    def static(batch: int, context: int, room: int) -> Cache:
-        cache = AnTKVCache(model.config, codebook=codebook, max_length=context + room)
-        for layer in cache.quantized_layers:
-            fill_layer(layer, *random_keys(model, batch, 0), context)
-        return cache
-
     def crop(cache: Cache, tokens: int) -> None:
         cache.crop(-tokens)
 
@@ -145,8 +139,8 @@ def lanes(model, codebook: AnTKVCodebook, compile_mlps: bool | dict[str, Any] = 
             )  # fmt: skip
         generate = antkv_generate(cuda_graphs=True if on_gpu else None, compile_mlps=compile_mlps)
         return Lane(
-            name, "antkv", static, rewind_static, lambda c: c.layers[0].batch_size, generate, 2 if on_gpu else 0,
-            baseline=baseline,
+            name, "antkv", partial(static_cache, model, codebook), rewind_static, lambda c: c.layers[0].batch_size,
+            generate, 2 if on_gpu else 0, baseline=baseline,
         )  # fmt: skip
 
     found = [
@@ -201,6 +195,16 @@ def fill_layer(layer, keys: torch.Tensor, values: torch.Tensor, context: int) ->
     b.statistic[:, :, : context - coded].uniform_()
     storage.query_moment.fill_(1.0)
     storage.set_counts(Counts(coded, context - coded, slots))
+
+
+def static_cache(
+    model, codebook: AnTKVCodebook, batch: int, context: int, room: int, compileable: bool = False
+) -> AnTKVCache:
+    """A cache with `max_length` for `room` tokens more than the random `context` that it holds."""
+    cache = AnTKVCache(model.config, codebook=codebook, max_length=context + room, compileable=compileable)
+    for layer in cache.quantized_layers:
+        fill_layer(layer, *random_keys(model, batch, 0), context)
+    return cache
 
 
 def rewind_grown(cache: AnTKVCache, tokens: int) -> None:

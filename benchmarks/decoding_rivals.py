@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
-from decoding import Lane, fill_layer, random_keys, rewind_static
+from decoding import Lane, random_keys, rewind_static, static_cache
 from transformers import StaticCache
 from transformers.cache_utils import Cache
 
-from antkv_hf import AnTKVCache, AnTKVCodebook
+from antkv_hf import AnTKVCodebook
 from antkv_hf.evaluation.baselines import quantized_cache, tensor_bytes
 
 STATIC, COMPILEABLE = "static", "compileable"
@@ -31,8 +32,8 @@ def rival_lane(name: str, model, codebook: AnTKVCodebook) -> Lane:
         )  # fmt: skip
     if name == COMPILEABLE:
         return Lane(
-            "AnTKV, generate's compile", "antkv", _compileable(model, codebook), rewind_static,
-            lambda cache: cache.layers[0].batch_size, warm_ups=1, slow=True,
+            "AnTKV, generate's compile", "antkv", partial(static_cache, model, codebook, compileable=True),
+            rewind_static, lambda cache: cache.layers[0].batch_size, warm_ups=1, slow=True,
         )  # fmt: skip
     make = quantized_cache(name, model.config)
 
@@ -62,16 +63,6 @@ def _static(model):
         cache = StaticCache(config=model.config, max_cache_len=context + room)
         for i in range(len(cache.layers)):
             cache.update(*random_keys(model, batch, context), i)
-        return cache
-
-    return make
-
-
-def _compileable(model, codebook: AnTKVCodebook):
-    def make(batch: int, context: int, room: int) -> Cache:
-        cache = AnTKVCache(model.config, codebook=codebook, max_length=context + room, compileable=True)
-        for layer in cache.quantized_layers:
-            fill_layer(layer, *random_keys(model, batch, 0), context)
         return cache
 
     return make
