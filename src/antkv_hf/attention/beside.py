@@ -19,7 +19,8 @@ class Branch:
     """A second stream beside the one that is captured; what it reads is held until the main one has waited for it."""
 
     def __init__(self) -> None:
-        self._stream, self._held = torch.cuda.Stream(), []
+        self._stream = torch.cuda.Stream()
+        self._held: list[torch.Tensor] = []
 
     @contextmanager
     def reading(self, *tensors: torch.Tensor) -> Iterator[None]:
