@@ -135,9 +135,9 @@ def test_kernels_of_a_layer_are_named(llama, book):
 @pytest.mark.parametrize(
     "memory, said",
     [
-        (None, "kernels: cuda (on GPUs with 82 KiB of shared memory a block)"),
+        (None, "kernels: cuda (on GPUs with 81 KiB of shared memory a block)"),
         (101376, "kernels: cuda\n"),
-        (65536, "kernels: triton (cuda needs 82 KiB of shared memory a block; this GPU has 64)"),
+        (65536, "kernels: triton (cuda needs 81 KiB of shared memory a block; this GPU has 64)"),
     ],
 )
 def test_inspect_goes_by_the_gpu_of_the_machine(memory, said, monkeypatch):
@@ -146,7 +146,7 @@ def test_inspect_goes_by_the_gpu_of_the_machine(memory, said, monkeypatch):
     found = inspect_codebook(str(find_codebook("smollm2-135m-instruct-1bit")))
     assert found["gpu_shared_memory"] == memory
     assert {(row["kernels"], row["cuda_shared_memory"]) for row in found["layer_tables"]} == {
-        ("triton" if memory == 65536 else "cuda", 82960)
+        ("triton" if memory == 65536 else "cuda", 82368)
     }
     assert said in format_inspection(json.loads(json.dumps(found)))
 

@@ -2,7 +2,6 @@
 #include "emulator.h"
 
 #include "layout.cuh"
-#include "tables.cuh"
 #include "packed_codes.cuh"
 #include "decode_codes.cuh"
 #include "decode_exact.cuh"

@@ -30,14 +30,9 @@ struct Warp {
   int arrived = 0;
   long generation = 0;
 };
-struct Copy {
-  uint32_t to, bytes;
-  const void* from;
-};
 struct Fiber {
   ucontext_t context;
   std::vector<uint8_t> stack;
-  std::vector<Copy> copies;  // asked for and not waited for
   bool done = false;
 };
 std::vector<Fiber> fibers;
@@ -158,7 +153,6 @@ inline Lane& mine() { return warps[current / 32].lanes[current % 32]; }
 void (*body)(int thread);
 inline void start() {
   body(current);
-  if (!fibers[current].copies.empty()) fail("nobody waited for a copy");
   fibers[current].done = true;
   swapcontext(&fibers[current].context, &scheduler);
 }
@@ -302,18 +296,7 @@ inline void load_64(const void* p, uint32_t (&r)[2]) {
   if ((uintptr_t)p % 8) emulator::fail("misaligned load");
   memcpy(r, p, 8);
 }
-inline void ask_for(const void* p) { (void)*(const volatile uint8_t*)p; }
-template <int BYTES>
-inline void copy_async(uint32_t to, const void* from) {
-  static_assert(BYTES == 8 || BYTES == 16, "no such copy");
-  if ((uintptr_t)from % BYTES || to % BYTES) emulator::fail("misaligned copy");
-  emulator::fibers[emulator::current].copies.push_back({to, BYTES, from});
-}
-inline void wait_for_copies() {  // as late as it may be: who reads too early finds what was there before
-  auto& copies = emulator::fibers[emulator::current].copies;
-  for (const auto& copy : copies) memcpy(emulator::at(copy.to, copy.bytes), copy.from, copy.bytes);
-  copies.clear();
-}
+inline void ask_for(const void*) {}
 inline float as_float(uint32_t x) {
   float out;
   memcpy(&out, &x, 4);
@@ -328,15 +311,7 @@ inline void store_shared_64(uint32_t address, uint32_t x, uint32_t y) {
   const uint32_t both[2] = {x, y};
   memcpy(emulator::at(address, 8), both, 8);
 }
-template <int WORDS>
-inline void store_words(uint32_t address, uint32_t (&x)[WORDS]) {
-  memcpy(emulator::at(address, 4 * WORDS), x, 4 * WORDS);
-}
-template <int WORDS>
-inline void load_words(uint32_t address, uint32_t (&r)[WORDS]) {
-  constexpr int BYTES = WORDS < 4 ? 4 * WORDS : 16;
-  for (int i = 0; i < 4 * WORDS; i += BYTES) memcpy(r + i / 4, emulator::at(address + i, BYTES), BYTES);
-}
+inline void store_shared_128(uint32_t address, uint32_t (&x)[4]) { memcpy(emulator::at(address, 16), x, 16); }
 inline void load_shared_128(uint32_t address, uint32_t (&r)[4]) { memcpy(r, emulator::at(address, 16), 16); }
 inline uint32_t load_shared_16(uint32_t address) {
   uint16_t out;

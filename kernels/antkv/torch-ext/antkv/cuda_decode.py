@@ -23,10 +23,7 @@ from .merge_splits import merge_splits
 from .past import ExactTokens, QuantizedPast
 from .tables import KeyTables, ValueTables
 
-SOURCES = (
-    "warp.cuh", "layout.cuh", "tables.cuh", "packed_codes.cuh", "decode_codes.cuh", "decode_exact.cuh",
-    "decode_attention.cu",
-)  # fmt: skip
+SOURCES = ("warp.cuh", "layout.cuh", "packed_codes.cuh", "decode_codes.cuh", "decode_exact.cuh", "decode_attention.cu")
 FOLDER = Path(__file__).parent / "cuda"
 MAX_ROWS = 8
 HEAD_DIMS = (64, 128)
@@ -237,7 +234,7 @@ def source(shape: Shape) -> str:
 def shared_bytes(shape: Shape) -> int:
     """`Shape::BYTES` of layout.cuh: shared memory of a block."""
     dim, rows, warps = shape.head_dim, 4 * shape.row_groups, shape.warps
-    tables = (shape.key_stages + shape.value_stages - 1 + shape.value_copies) * 512 * dim + 16 * dim + 16
+    tables = (shape.key_stages + shape.value_stages - 1 + shape.value_copies) * 512 * dim + 7 * dim
     queries = 2 * (16 // shape.row_groups // shape.teams) * dim * rows * 2
     team_warps = warps // shape.teams
     return tables + shape.teams * max(queries, 2 * team_warps * rows * 4 + team_warps * rows * dim * 4)

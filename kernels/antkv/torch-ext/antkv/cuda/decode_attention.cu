@@ -21,11 +21,10 @@ DEVICE void store_state(const Team<S>& team, const float (&maximum)[2], float (&
   }
 }
 
-// Writes what the warps of a team found of `item`; `first_part`: that of codes or of exact tokens.
+// Writes what the warps of a team found to part `part` of (b, h).
 template <class S>
-DEVICE void store_partial(const Arguments& a, int item, int h, int first_part, const Team<S>& team) {
-  const int rows = a.group * a.q_len, b = item / a.splits, part = first_part + item % a.splits;
-  const int64_t first_row = (((int64_t)b * a.heads + h) * 2 * a.splits + part) * rows;
+DEVICE void store_partial(const Arguments& a, int64_t bh, int part, const Team<S>& team) {
+  const int rows = a.group * a.q_len;
   for (int i = team.thread; i < rows * S::D; i += S::TEAM_THREADS) {
     const int row = i / S::D, lane_of_channel = i % 8, channel_of_lane = i % S::D / 8;
     float peak = LOWEST, total = 0.0f, out = 0.0f;
@@ -37,7 +36,7 @@ DEVICE void store_partial(const Arguments& a, int item, int h, int first_part, c
       total += weight * load_shared_float(state + 4);
       out += weight * load_shared_float(sum_place<S>(team.work, w, row, lane_of_channel, channel_of_lane));
     }
-    const int64_t to = first_row + row;
+    const int64_t to = (bh * 2 * a.splits + part) * rows + row;
     a.partial[to * S::D + lane_of_channel * (S::D / 8) + channel_of_lane] = out;
     if (i % S::D == 0) {
       a.partial_max[to] = total > 0.0f ? peak : minus_infinity();
@@ -46,64 +45,12 @@ DEVICE void store_partial(const Arguments& a, int item, int h, int first_part, c
   }
 }
 
-// What a team takes at a time: a part of the codes of a sequence, of its anchors, its tail and its sinks. Every phase
-// finds it anew: kept, it would fill registers.
+// The codes first..last-1 of (b, h), to the team's sums in shared memory.
 template <class S>
-struct Share {
-  Lengths<S> n;
-  int b, split, first_code, last_code, first_anchor, last_anchor, first_tail, last_tail, sinks;
-
-  DEVICE Share(const Arguments& a, uint32_t item, const Team<S>& team) : n(team.base) {
-    item = settled(item);
-    b = (int)item / a.splits, split = (int)item % a.splits;
-    const int codes = ((n.coded() + S::SPAN - 1) / S::SPAN + a.splits - 1) / a.splits * S::SPAN;
-    const int anchors = (n.anchors() + a.splits - 1) / a.splits, tail = (n.tail() + a.splits - 1) / a.splits;
-    first_code = smaller(split * codes, n.coded()), last_code = smaller(first_code + codes, n.coded());
-    first_anchor = smaller(split * anchors, n.anchors()), last_anchor = smaller(first_anchor + anchors, n.anchors());
-    // From the other end: the first split has most anchors, where they do not divide evenly.
-    first_tail = smaller((a.splits - 1 - split) * tail, n.tail()), last_tail = smaller(first_tail + tail, n.tail());
-    sinks = split == a.splits - 1 ? a.sinks : 0;
-  }
-};
-
-// Asks for `count` rows of `bytes` from row `first` on to be in the L2 cache, the first 32 KB of them.
-template <class S>
-DEVICE void ask_for_rows(const void* p, int64_t first, int count, int bytes, const Team<S>& team) {
-  const int size = smaller(count * bytes, 32768);
-#pragma unroll 1
-  for (int i = 128 * team.thread; i < size; i += 128 * S::TEAM_THREADS) ask_for((const uint8_t*)p + first * bytes + i);
-}
-
-// Asks for what a share begins with: its exact tokens and its first codes.
-template <class S>
-DEVICE void ask_for_share(const Arguments& a, int item, int h, const Team<S>& team) {
-  const Share<S> share(a, item, team);
-  const int64_t bh = (int64_t)share.b * a.heads + h, anchor = bh * a.anchor_capacity + share.first_anchor;
-  const int anchors = share.last_anchor - share.first_anchor, bytes = S::D * (a.anchor_kind == 1 ? 1 : 2);
-  ask_for_rows<S>(a.anchor_positions, anchor, anchors, 4, team);
-  ask_for_rows<S>(a.anchor_keys, anchor, anchors, bytes, team);
-  ask_for_rows<S>(a.anchor_values, anchor, anchors, bytes, team);
-  if (a.anchor_kind == 1) {
-    ask_for_rows<S>(a.anchor_key_scale, anchor, anchors, 2, team);
-    ask_for_rows<S>(a.anchor_value_scale, anchor, anchors, 2, team);
-  }
-  const int64_t tail = bh * a.tail_capacity + share.first_tail, code = bh * a.capacity + share.first_code;
-  const int in_tail = share.last_tail - share.first_tail, codes = smaller(S::SPAN, share.last_code - share.first_code);
-  ask_for_rows<S>(a.tail_keys, tail, in_tail, 2 * S::D, team);
-  ask_for_rows<S>(a.tail_values, tail, in_tail, 2 * S::D, team);
-  ask_for_rows<S>(a.sink_keys, bh * a.sinks, share.sinks, 2 * S::D, team);
-  ask_for_rows<S>(a.sink_values, bh * a.sinks, share.sinks, 2 * S::D, team);
-  ask_for_rows<S>(a.key_codes, code, codes, S::Key::WIDTH, team);
-  ask_for_rows<S>(a.value_codes, code, codes, S::Value::WIDTH, team);
-}
-
-// The share's codes, to the team's sums in shared memory.
-template <class S>
-DEVICE void sum_codes(const Arguments& a, int item, int h, const Team<S>& team) {
-  const Share<S> share(a, item, team);
+DEVICE void sum_codes(const Arguments& a, int b, int h, int first, int last, const Team<S>& team) {
   const int g = team.lane() / 4, c = team.lane() % 4;
   CodeSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
-  attend_codes<S>(a, share.b, h, share.first_code, share.last_code, team, sums);
+  attend_codes<S>(a, b, h, first, last, team, sums);
   team.sync();  // queries were read: their place is free
   store_state<S>(team, sums.maximum, sums.total);
   constexpr int WORDS = S::VALUE_ENTRY / 2;
@@ -117,33 +64,33 @@ DEVICE void sum_codes(const Arguments& a, int item, int h, const Team<S>& team) 
     }
 }
 
-// Its exact tokens, likewise.
+// The share `split` of the exact tokens of (b, h), likewise.
 template <class S>
-DEVICE void sum_exact(const Arguments& a, int item, int h, const Team<S>& team) {
-  const Share<S> share(a, item, team);
-  const Lengths<S>& n = share.n;
-  constexpr int WARPS = S::TEAM_WARPS;
-  const int g = team.lane() / 4, c = team.lane() % 4, b = share.b, length = n.coded() + n.tail();
-  const bool neighbours = n.neighbours();
+DEVICE void sum_exact(const Arguments& a, int b, int h, int split, int coded, int tail, int anchors, bool neighbours,
+                      const Team<S>& team) {
+  const int g = team.lane() / 4, c = team.lane() % 4, length = coded + tail;
   store_query<S>(a, b, h, neighbours, team);
   ExactSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
   team.sync();
-  const int tail_warp = (share.last_anchor - share.first_anchor + 15) / 16 % WARPS;
-  const int sink_warp = (tail_warp + (share.last_tail - share.first_tail + 15) / 16) % WARPS;
+  const int part = (anchors + a.splits - 1) / a.splits, first = split * part;
+  const int last = first + part < anchors ? first + part : anchors;
+  const int sinks = split == a.splits - 1 ? a.sinks : 0;
+  const int tail_part = (tail + a.splits - 1) / a.splits, tail_first = (a.splits - 1 - split) * tail_part;
+  const int tail_last = tail_first + tail_part < tail ? tail_first + tail_part : tail;
+  constexpr int WARPS = S::TEAM_WARPS;
+  const int tail_warp = (part + 15) / 16 % WARPS, sink_warp = (tail_warp + (tail_part + 15) / 16) % WARPS;
   if (a.anchor_kind == 1)
-    attend_exact<S, INT8>(a, b, h, share.first_anchor, share.last_anchor, a.anchor_capacity, a.anchor_positions,
-                          a.anchor_keys, a.anchor_values, a.anchor_key_scale, a.anchor_value_scale, 0, length, 0,
-                          neighbours, team, sums);
+    attend_exact<S, INT8>(a, b, h, first, last, a.anchor_capacity, a.anchor_positions, a.anchor_keys, a.anchor_values,
+                          a.anchor_key_scale, a.anchor_value_scale, 0, length, 0, neighbours, team, sums);
 #pragma unroll 1
   for (int set = a.anchor_kind == 2 ? 0 : 1; set < 3; set++) {  // plain ones: anchors, tail, sinks
-    const int from = set == 0 ? share.first_anchor : set == 1 ? share.first_tail : 0;
-    const int to = set == 0 ? share.last_anchor : set == 1 ? share.last_tail : share.sinks;
+    const int from = set == 0 ? first : set == 1 ? tail_first : 0, to = set == 0 ? last : set == 1 ? tail_last : sinks;
     const int capacity = set == 0 ? a.anchor_capacity : set == 1 ? a.tail_capacity : a.sinks;
     const int* positions = set == 0 ? a.anchor_positions : set == 1 ? 0 : a.sink_positions;
     const void* keys = set == 0 ? a.anchor_keys : set == 1 ? a.tail_keys : a.sink_keys;
     const void* values = set == 0 ? a.anchor_values : set == 1 ? a.tail_values : a.sink_values;
     const int first_warp = set == 0 ? 0 : set == 1 ? tail_warp : sink_warp;
-    attend_exact<S, PLAIN>(a, b, h, from, to, capacity, positions, keys, values, 0, 0, n.coded(), length, first_warp,
+    attend_exact<S, PLAIN>(a, b, h, from, to, capacity, positions, keys, values, 0, 0, coded, length, first_warp,
                            neighbours, team, sums);
   }
   team.sync();  // queries were read
@@ -158,32 +105,26 @@ DEVICE void sum_exact(const Arguments& a, int item, int h, const Team<S>& team) 
 
 template <class S>
 DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
-  const int h = block / a.blocks_per_head, stride = S::TEAMS * a.blocks_per_head;
+  const int h = block / a.blocks_per_head;
+  const int coded = a.lengths ? a.lengths[0] : a.coded, tail = a.lengths ? a.lengths[1] : a.tail;
+  const int anchors = a.lengths ? a.lengths[2] : a.anchors;
   const Team<S> team(shared_address(memory), thread);
-  const bool neighbours = begin_tables<S>(a, h, team.base, thread);
-  if (thread == 0) Lengths<S>::store(a, team.base, neighbours);
-  sync_block();
-  const int items = a.batch * a.splits;
-#pragma unroll 1
-  for (int item = team.number * a.blocks_per_head + block % a.blocks_per_head;; item += stride) {
-    const bool exists = item < items, is_first = item < stride;
-    if (!exists && !is_first) break;
-    // What comes next, and at first what comes now, is to be near when it is needed.
-#pragma unroll 1
-    for (int asked = is_first ? item : item + stride; asked < items && asked <= item + stride; asked += stride)
-      ask_for_share<S>(a, asked, h, team);
-    // Exact tokens come first: they need no tables, which may be on their way. One loop is half as many instructions,
-    // and a short step waits for those too.
-#pragma unroll 1
-    for (int codes = 0; codes < 2; codes++) {
-      if (codes && is_first) finish_tables<S>(team.base, thread);  // from here on every team waits for itself alone
-      if (!exists) continue;
-      if (codes) sum_codes<S>(a, item, h, team);
-      else sum_exact<S>(a, item, h, team);
-      team.sync();
-      store_partial<S>(a, item, h, codes ? 0 : a.splits, team);
-      team.sync();
-    }
+  const bool neighbours = fill_tables<S>(a, h, memory, thread);
+  sync_block();  // the last one of the block: from here on every team waits for itself alone
+  const int share = ((coded + S::SPAN - 1) / S::SPAN + a.splits - 1) / a.splits * S::SPAN;
+  const int first_item = team.number * a.blocks_per_head + block % a.blocks_per_head;  // busy teams in all blocks
+  for (int item = first_item; item < a.batch * a.splits; item += S::TEAMS * a.blocks_per_head) {
+    const int b = item / a.splits, split = item % a.splits;
+    const int64_t bh = (int64_t)b * a.heads + h;
+    const int first = split * share, last = first + share < coded ? first + share : coded;
+    sum_codes<S>(a, b, h, first, last, team);
+    team.sync();
+    store_partial<S>(a, bh, split, team);
+    team.sync();
+    sum_exact<S>(a, b, h, split, coded, tail, anchors, neighbours, team);
+    team.sync();
+    store_partial<S>(a, bh, a.splits + split, team);
+    team.sync();
   }
 }
 

@@ -27,34 +27,28 @@ struct CodeSums {
 // Queries in latent order for the spans first, first + SPAN, ... before `last`: ``R(-(first - offset) frequency) q``
 // times the scales, as [span][8 channels of a lane][query row][lane] of float16, pairs as the keys' tables have them.
 template <class S>
-DEVICE void turn_queries(const Arguments& a, int b, int h, int first, int last, int offset, uint32_t to,
-                         const Team<S>& team) {
+DEVICE void turn_queries(const Arguments& a, int b, int h, int first, int last, int offset, uint32_t to, int thread) {
   constexpr int ITEMS = S::ROWS * S::D / 4, PARALLEL = S::TEAM_THREADS / ITEMS;  // items: two pairs of a row
   constexpr int CHUNKS = PARALLEL < 2 ? 1 : PARALLEL < 4 ? 2 : 4, SPANS = (S::AHEAD + CHUNKS - 1) / CHUNKS;
   const int rows = a.group * a.q_len;
-  for (int i = team.thread; i < ITEMS * CHUNKS; i += S::TEAM_THREADS) {
+  for (int i = thread; i < ITEMS * CHUNKS; i += S::TEAM_THREADS) {
     const int row = i / (S::D / 4) % S::ROWS, eight = i % (S::D / 4) / 2, two = i % 2, span = i / ITEMS * SPANS;
-    const int pair = eight * 4 + two * 2;
-    float x[2] = {}, y[2] = {}, step_sine[2], step_cosine[2];
-    if (row < rows) {
-      const uint16_t* q = query_of_row(a, b, h, row);
-      const uint32_t channels = load_shared_32(team.base + Pairs<S>::LATENT_CHANNELS + 2 * pair);
+    float x[2], y[2], step_sine[2], step_cosine[2];
 #pragma unroll
-      for (int k = 0; k < 2; k++) {
-        x[k] = load_16(q + (channels >> 16 * k & 255u), a.query_is_bfloat) * a.scale_log2;
-        y[k] = load_16(q + (channels >> (16 * k + 8) & 255u), a.query_is_bfloat) * a.scale_log2;
+    for (int k = 0; k < 2; k++) {
+      const int pair = eight * 4 + two * 2 + k;
+      x[k] = y[k] = 0.0f;
+      if (row < rows) {
+        const uint16_t* q = query_of_row(a, b, h, row);
+        x[k] = load_16(q + a.channels[h * S::D + 2 * pair], a.query_is_bfloat) * a.scale_log2;
+        y[k] = load_16(q + a.channels[h * S::D + 2 * pair + 1], a.query_is_bfloat) * a.scale_log2;
+        if (S::ROTATES) x[k] *= a.pair_scale[h * (S::D / 2) + pair], y[k] *= a.pair_scale[h * (S::D / 2) + pair];
       }
-    }
-    if (S::ROTATES) {
-      uint32_t frequency[2], scale[2];
-      load_words(team.base + Pairs<S>::LATENT_FREQUENCY + 4 * pair, frequency);
-      load_words(team.base + Pairs<S>::LATENT_SCALE + 4 * pair, scale);
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
+      if (S::ROTATES) {
+        const float frequency = a.frequency[h * (S::D / 2) + pair];
         float sine, cosine;
-        sin_cos((float)(first + span * S::SPAN - offset) * as_float(frequency[k]), sine, cosine);
-        sin_cos((float)S::SPAN * as_float(frequency[k]), step_sine[k], step_cosine[k]);
-        sine *= as_float(scale[k]), cosine *= as_float(scale[k]);
+        sin_cos((float)(first + span * S::SPAN - offset) * frequency, sine, cosine);
+        sin_cos((float)S::SPAN * frequency, step_sine[k], step_cosine[k]);
         const float turned = x[k] * cosine + y[k] * sine;
         y[k] = y[k] * cosine - x[k] * sine;
         x[k] = turned;
@@ -217,8 +211,7 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
   if (S::ROTATES) {
 #pragma unroll
     for (int i = 0; i < S::KEY_SECTIONS * 2; i++) {
-      uint32_t frequency[4];
-      load_words(base + Pairs<S>::LATENT_FREQUENCY + (c * (S::D / 32) + (i ^ other_half)) * 16, frequency);
+      const int pair = h * (S::D / 2) + (c * (S::D / 32) + (i ^ other_half)) * 4;
 #pragma unroll
       for (int token = 0; token < 2; token++)
 #pragma unroll
@@ -226,7 +219,7 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
           float sine[2], cosine[2];
 #pragma unroll
           for (int k = 0; k < 2; k++)
-            sin_cos((float)(warp * 16 + g + token * 8) * as_float(frequency[two * 2 + k]), sine[k], cosine[k]);
+            sin_cos((float)(warp * 16 + g + token * 8) * a.frequency[pair + two * 2 + k], sine[k], cosine[k]);
           angles[i / 2][i % 2][token][two * 2] = pack_half2(cosine[0], cosine[1]);
           angles[i / 2][i % 2][token][two * 2 + 1] = pack_half2(sine[0], sine[1]);
         }
@@ -272,7 +265,7 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
   int buffer = 0;
   for (int start = first; start < last; start += S::AHEAD * S::SPAN, buffer ^= 1) {
     uint32_t query_offset = S::AHEAD * S::QUERY_BYTES * buffer;
-    turn_queries<S>(a, b, h, start, last, offset, team.work + query_offset, team);
+    turn_queries<S>(a, b, h, start, last, offset, team.work + query_offset, team.thread);
     team.sync();  // two buffers: nobody writes one before everybody has passed the barrier after reading it
 #pragma unroll 1
     for (int span = 0; span < S::AHEAD && tile < last; span++, tile += S::SPAN, query_offset += S::QUERY_BYTES) {

@@ -19,14 +19,13 @@ DEVICE void store_query(const Arguments& a, int b, int h, bool neighbours, const
     float x[2] = {}, y[2] = {}, scale[2] = {};
     if (row < rows) {
       const uint16_t* q = query_of_row(a, b, h, row);
-      const int at = eight * 4 + two * 2;
-      const uint32_t own = at * 0x10001u + 0x10000u, channels = own | (own + S::D / 2 * 0x10001u) << 8;
-      const uint32_t pairs = neighbours ? channels : load_shared_32(team.base + Pairs<S>::CHANNELS + 2 * at);
-#pragma unroll
       for (int k = 0; k < 2; k++) {
-        x[k] = load_16(q + (pairs >> 16 * k & 255u), a.query_is_bfloat) * a.scale_log2;
-        y[k] = load_16(q + (pairs >> (16 * k + 8) & 255u), a.query_is_bfloat) * a.scale_log2;
-        scale[k] = S::ROTATES ? load_shared_float(team.base + Pairs<S>::SCALE + 4 * (at + k)) : 1.0f;
+        const int at = eight * 4 + two * 2 + k;
+        const uint32_t channels =
+            neighbours ? at | (at + S::D / 2) << 8 : load_shared_16(team.base + Pairs<S>::CHANNELS + 2 * at);
+        x[k] = load_16(q + (channels & 255u), a.query_is_bfloat) * a.scale_log2;
+        y[k] = load_16(q + (channels >> 8), a.query_is_bfloat) * a.scale_log2;
+        scale[k] = S::ROTATES ? load_shared_float(team.base + Pairs<S>::SCALE + 4 * at) : 1.0f;
       }
     }
     const uint32_t place =
@@ -43,12 +42,6 @@ DEVICE uint32_t bytes_to_half2(uint32_t w, int i) {
 }
 DEVICE uint32_t to_half2(uint32_t bfloats) {
   return pack_half2(bfloat_to_float((uint16_t)bfloats), bfloat_to_float((uint16_t)(bfloats >> 16)));
-}
-
-template <int WORDS>
-DEVICE void load_piece(const uint16_t* p, uint32_t (&r)[WORDS]) {
-  if constexpr (WORDS == 4) load_128(p, r);
-  else load_64(p, r);
 }
 
 // Neighbouring elements as they are stored, and pair `k` of them as float16. COUNT: 8 or 16.

@@ -145,12 +145,6 @@ DEVICE void load_128(const void* p, uint32_t (&r)[4]) {
 DEVICE void load_64(const void* p, uint32_t (&r)[2]) {
   asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
 }
-// Copies 8 or 16 bytes to shared memory, where the thread sees them after `wait_for_copies` and others after a barrier.
-template <int BYTES>
-DEVICE void copy_async(uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" : : "r"(to), "l"(from), "n"(BYTES) : "memory");
-}
-DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 // Asks for the line of `p` to be in the L2 cache.
 DEVICE void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
@@ -164,8 +158,7 @@ DEVICE void store_shared_32(uint32_t address, uint32_t x) {
 DEVICE void store_shared_64(uint32_t address, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.u32 [%0], {%1,%2};" : : "r"(address), "r"(x), "r"(y) : "memory");
 }
-DEVICE void store_words(uint32_t address, uint32_t (&x)[2]) { store_shared_64(address, x[0], x[1]); }
-DEVICE void store_words(uint32_t address, uint32_t (&x)[4]) {
+DEVICE void store_shared_128(uint32_t address, uint32_t (&x)[4]) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" : : "r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");
 }
@@ -185,15 +178,3 @@ DEVICE uint32_t load_shared_16(uint32_t address) {
 }
 DEVICE float load_shared_float(uint32_t address) { return __uint_as_float(load_shared_32(address)); }
 DEVICE void store_shared_float(uint32_t address, float x) { store_shared_32(address, __float_as_uint(x)); }
-// Words that follow one another, 16 bytes at a time or 8.
-template <int WORDS>
-DEVICE void load_words(uint32_t address, uint32_t (&r)[WORDS]) {
-#pragma unroll
-  for (int i = 0; i < WORDS; i += 4)
-    if constexpr (WORDS == 2) {
-      asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
-    } else {
-      asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(r[i]), "=r"(r[i + 1]), "=r"(r[i + 2]), "=r"(r[i + 3]) : "r"(address + 4 * i) : "memory");
-    }
-}
