@@ -1,6 +1,6 @@
 """Times of the kernels on one layer of Llama-3-8B's shape, side by side with PyTorch's attention. Needs a CUDA GPU.
 
-    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/kernels.py --out FOLDER [--parts decode] [--bits 1 2 0.5]
+    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/kernels.py --out FOLDER [--parts encode] [--bits 1 2 0.5]
         [--specs d8b8s2/d8b8 d32b8] [--head-dim 64]
 
 Writes FOLDER/kernels.csv and, where matplotlib is installed, FOLDER/kernels.png; `benchmarks/README.md` explains the
@@ -175,8 +175,11 @@ def _runs(name: str, call: Callable[[], object]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------- prefill
-def prefill_rows(codecs: dict[str, LayerCodec], n: int) -> list[dict]:
-    """Rows of what a prompt of `n` tokens costs a layer besides its attention, each against that attention."""
+def prefill_rows(codecs: dict[str, LayerCodec], n: int, scores: bool) -> list[dict]:
+    """Rows of what a prompt of `n` tokens costs a layer besides its attention, each against that attention.
+
+    `scores`: with those of its tokens, which are the same for all specs.
+    """
     device, dim = _place(codecs)
     scale = dim**-0.5
     query = torch.randn(1, n, Q_HEADS, dim, device=device, dtype=DTYPE).transpose(1, 2)
@@ -187,10 +190,11 @@ def prefill_rows(codecs: dict[str, LayerCodec], n: int) -> list[dict]:
     competitors: dict[tuple[str, str], Calls] = {
         ("flash attention", DENSE): [partial(exact_attention, query, keys, values, scale=scale, causal_offset=0)]
     }
-    for term, stride in (*(("squared_attention", s) for s in (1, 8, 16)), ("anchor_score", 16)):
+    for term, stride in (*(("squared_attention", s) for s in (1, 8, 16)), ("anchor_score", 16)) if scores else ():
         call = partial(column_statistic, term, query, keys, values, output, lse, stride=stride, **columns)
         competitors[f"column_statistic {term} stride {stride}", DENSE] = [call]
-    competitors["query_moment", DENSE] = [partial(query_moment, query, scale, KV_HEADS, None, n)]
+    if scores:
+        competitors["query_moment", DENSE] = [partial(query_moment, query, scale, KV_HEADS, None, n)]
     for spec, codec in codecs.items():
         for name, step in ((f"encode in blocks of {ENCODE_BLOCK}", ENCODE_BLOCK), ("encode at once", n)):
             competitors[name, spec] = [partial(_encode, codec, keys, values, offset, step)]
@@ -262,7 +266,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of kernels.csv and kernels.png")
-    parser.add_argument("--parts", default="decode,prefill", help="decode, prefill or both")
+    parser.add_argument("--parts", default="decode,prefill", help="decode, prefill, or encode: prefill less its scores")
     parser.add_argument("--quick", action="store_true", help="two decode shapes and one prompt only")
     parser.add_argument(
         "--bits", type=float, nargs="+", help="presets of VQSpec.for_bits (1, unless there are --specs)"
@@ -296,8 +300,8 @@ def run(
         print_table(rows[-len(codecs) * len(DECODERS) - len(BACKENDS) :])
         if device == "cuda":
             torch.cuda.empty_cache()
-    for n in (QUICK_PREFILL if quick else PREFILL) if "prefill" in parts else ():
-        rows += prefill_rows(codecs, n)
+    for n in (QUICK_PREFILL if quick else PREFILL) if {"prefill", "encode"} & set(parts) else ():
+        rows += prefill_rows(codecs, n, "prefill" in parts)
     print_table(rows)
     write_csv(out / "kernels.csv", rows, device)
     if importlib.util.find_spec("matplotlib"):
