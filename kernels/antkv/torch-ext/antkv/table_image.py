@@ -6,8 +6,9 @@ An image has, one after the other (`Shape` of cuda/layout.cuh names the places):
   16 s + 15 of each of the four lanes' ``head_dim / 4`` channels, in latent order. The mean is in the first stage. Codes
   of four channels and more have each two pairs as ``(x, x) (y, y)``, so that two pairs turn at a time.
 - Value tables, two in the columns of the same ``head_dim / 32`` sections: those of two stages, or the last one twice.
-  Section s has, of ``8 / n`` or fewer of the eight lanes' ``head_dim / 8`` channels, two entries a lane and table. A
-  table that is left over has half as many sections: what would be every second one is in the columns of the other table.
+  An entry has as many channels as a code, ``head_dim / 16`` at most; a section has two entries of each of 16 / entry
+  of the eight lanes, which own ``head_dim / 8`` channels each. A table that is left over has half as many sections:
+  what would be every second one is in the columns of the other table.
 - RoPE pairs, in the order in which lanes own them: frequency and scale as float32, mean as float16, ``(x, x) (y, y)``,
   channels as bytes. At last 16 bytes that begin with an int32: 1 if a lane's channels are neighbours, see `_pairs`.
 """
@@ -106,9 +107,7 @@ def _pairs(keys: KeyTables) -> list[torch.Tensor]:
     by_first = neighbours & keys.rotates
     order = torch.where(by_first.unsqueeze(1), first, torch.arange(half, device=first.device)).argsort(1)
     plain_mean = torch.empty_like(keys.mean).scatter(1, channels, keys.mean)
-    mean = torch.where(
-        neighbours.view(heads, 1, 1), plain_mean.view(heads, 2, half).mT, keys.mean.view(heads, half, 2)
-    )
+    mean = torch.where(neighbours.view(heads, 1, 1), plain_mean.view(heads, 2, half).mT, keys.mean.view(heads, half, 2))
     flag = torch.zeros(heads, 4, dtype=torch.int32, device=first.device)
     flag[:, 0] = neighbours
     return [

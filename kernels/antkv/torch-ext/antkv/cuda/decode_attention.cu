@@ -109,8 +109,9 @@ DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
   const int coded = a.lengths ? a.lengths[0] : a.coded, tail = a.lengths ? a.lengths[1] : a.tail;
   const int anchors = a.lengths ? a.lengths[2] : a.anchors;
   const Team<S> team(shared_address(memory), thread);
-  const bool neighbours = fill_tables<S>(a, h, memory, thread);
-  sync_block();  // the last one of the block: from here on every team waits for itself alone
+  begin_tables<S>(a, h, team.base, thread);
+  wait_for_copy(team.base + S::ARRIVALS);
+  const bool neighbours = load_shared_32(team.base + Pairs<S>::NEIGHBOURS) != 0;
   const int share = ((coded + S::SPAN - 1) / S::SPAN + a.splits - 1) / a.splits * S::SPAN;
   const int first_item = team.number * a.blocks_per_head + block % a.blocks_per_head;  // busy teams in all blocks
   for (int item = first_item; item < a.batch * a.splits; item += S::TEAMS * a.blocks_per_head) {
