@@ -200,6 +200,7 @@ template <class S>
 DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, const Team<S>& team,
                          CodeSums<S>& sums) {
   const int warp = team.warp(), lane = team.lane(), g = lane / 4, c = lane % 4;
+  wait_for_copy(team.base + S::ARRIVALS);
   const uint32_t base = settled(team.base);
   const int64_t bh = (int64_t)b * a.heads + h;
   const int offset = (int)a.offset[b];

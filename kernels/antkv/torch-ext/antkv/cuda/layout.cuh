@@ -162,6 +162,20 @@ struct Pairs {
   static constexpr int CHANNELS = MEAN + 2 * S::D, NEIGHBOURS = CHANNELS + S::D;
 };
 
+// What a block looks up for each share: kept in registers it would take the place of what is needed more often.
+template <class S>
+struct Lengths {
+  bool neighbours;
+  int coded, tail, anchors;
+
+  DEVICE explicit Lengths(uint32_t base) {
+    uint32_t words[4];
+    load_shared_128(base + Pairs<S>::NEIGHBOURS, words);
+    neighbours = words[0] != 0;
+    coded = (int)words[1], tail = (int)words[2], anchors = (int)words[3];
+  }
+};
+
 // Brings the pairs to shared memory, and sends for the tables. The last time that the whole block waits: from here on
 // every team waits for itself alone.
 template <class S>
@@ -171,6 +185,10 @@ DEVICE void begin_tables(const Arguments& a, int h, uint32_t base, int thread) {
   if (at >= S::PAIRS && at < S::IMAGE) {
     uint32_t words[4];
     load_128(image + at, words);
+    if (at == Pairs<S>::NEIGHBOURS) {
+      words[1] = a.lengths ? a.lengths[0] : a.coded, words[2] = a.lengths ? a.lengths[1] : a.tail;
+      words[3] = a.lengths ? a.lengths[2] : a.anchors;
+    }
     store_shared_128(base + at, words);
   }
   copy_to_shared<S::PAIRS, S::THREADS>(base, image, base + S::ARRIVALS, thread);
