@@ -116,3 +116,20 @@ def test_an_image_is_made_once_for_the_same_tables():
     assert images.get(keys, values, 1) is not first and len(list(images)) == 2
     other = values._replace(centroids=values.centroids + 1)
     assert not torch.equal(images.get(keys, other, 2), first) and len(list(images)) == 2
+
+
+def test_images_count_as_memory_of_their_codec():
+    codec = random_codec("d8b8", "d8b8", 2, 64)
+    keys, values = layer_tables(codec, torch.float16)
+    before = codec.memory_bytes()
+    image = keys.images.get(keys, values, 2)
+    assert codec.memory_bytes() == before + image.nbytes == before + 2 * image_bytes(64, 1, 1, 2)
+
+
+def test_an_image_is_not_made_while_a_graph_is_captured(monkeypatch):
+    """It would be made at each replay, and not be there before the first."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    keys, values = layer_tables(random_codec("d8b8", "d8b8", 2, 64), torch.float16)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with pytest.raises(ValueError, match="never used: warm it up first"):
+        keys.images.get(keys, values, 2)

@@ -10,7 +10,8 @@ An image has, one after the other (`Shape` of cuda/layout.cuh names the places):
   of the eight lanes, which own ``head_dim / 8`` channels each. A table that is left over has half as many sections:
   what would be every second one is in the columns of the other table.
 - RoPE pairs, in the order in which lanes own them: frequency and scale as float32, mean as float16, ``(x, x) (y, y)``,
-  channels as bytes. At last 16 bytes that begin with an int32: 1 if a lane's channels are neighbours, see `_pairs`.
+  channels as bytes. At last 16 bytes that begin with an int32: 1 if a lane's channels are neighbours, see `_pairs`;
+  of a block's copy the kernel puts lengths into the other 12.
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ class TableImages:
         return (image for *_, image in self._made.values())
 
     def get(self, keys: KeyTables, values: ValueTables, value_copies: int) -> torch.Tensor:
-        """`table_image` of these tables, whose tensors must not change any more; others than before get a new one."""
+        """`table_image` of these tables, whose tensors must not change any more; others than before get a new one.
+
+        Raises:
+            ValueError: if it would have to be made while a CUDA graph is captured.
+        """
         of_keys, of_values, image = self._made.get(value_copies, (None, None, None))
         if image is None or of_keys is not keys.centroids or of_values is not values.centroids:
             # A graph would make it at each replay, and not now.

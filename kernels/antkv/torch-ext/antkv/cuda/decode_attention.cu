@@ -115,6 +115,7 @@ DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
     // Exact tokens first: they need no tables, which may be on their way. In a loop, so that what follows is there once.
 #pragma unroll 1
     for (int codes = 0; codes < 2; codes++) {
+      // Found anew each time: kept, it would fill registers.
       const int i = (int)settled(item), b = i / a.splits, split = i % a.splits;
       const int64_t bh = (int64_t)b * a.heads + h;
       const Lengths<S> n(team.base);
@@ -127,7 +128,7 @@ DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
       team.sync();
     }
   }
-  wait_for_copy(team.base + S::ARRIVALS);  // of those who had no share
+  wait_for_copy(team.base + S::ARRIVALS);  // of those who had no share, or no codes
 }
 
 // What is compiled: one shape. cuda_decode.py adds a line such as DECODE_KERNEL(Shape<64, 1, 8, 1, 8, ...>).

@@ -136,7 +136,6 @@ struct Team {
 template <class S, int STAGE>
 struct ValueStage {
   static constexpr bool ALONE = STAGE == S::VALUE_TABLES - 1 && STAGE % 2 == 0;
-  static constexpr bool TWICE = STAGE == S::VALUE_STAGES - 1 && STAGE % 2 == 0 && !ALONE;
   static constexpr int FIRST = STAGE / 2 * S::VALUE_SECTIONS * SECTION;  // from VALUE_TABLE on
   static constexpr int PLACE = ALONE ? S::VALUE_PLACES - 1 : STAGE % 2;  // of VALUE_PLACES
 };
@@ -162,7 +161,7 @@ struct Pairs {
   static constexpr int CHANNELS = MEAN + 2 * S::D, NEIGHBOURS = CHANNELS + S::D;
 };
 
-// What a block looks up for each share: kept in registers it would take the place of what is needed more often.
+// What a block looks up for each share, next to each other: kept in registers it would make others spill.
 template <class S>
 struct Lengths {
   bool neighbours;
@@ -185,7 +184,7 @@ DEVICE void begin_tables(const Arguments& a, int h, uint32_t base, int thread) {
   if (at >= S::PAIRS && at < S::IMAGE) {
     uint32_t words[4];
     load_128(image + at, words);
-    if (at == Pairs<S>::NEIGHBOURS) {
+    if (at == Pairs<S>::NEIGHBOURS) {  // after it, lengths: see `Lengths`
       words[1] = a.lengths ? a.lengths[0] : a.coded, words[2] = a.lengths ? a.lengths[1] : a.tail;
       words[3] = a.lengths ? a.lengths[2] : a.anchors;
     }
