@@ -26,6 +26,7 @@ from antkv.encode import encode_keys, encode_values
 from antkv.flash_attention import exact_attention
 from antkv.past import QuantizedPast
 from antkv.prefill import SEGMENT
+from antkv.table_image import TableImages
 from layers import HEAD_DIM, KV_HEADS, Q_HEADS, WINDOW, random_codec, random_past
 from results import environment, print_table, write_csv
 from timing import Timing, time_side_by_side
@@ -157,7 +158,8 @@ def _with_own_tables(past: QuantizedPast) -> QuantizedPast:
     def copied(tables):
         return type(tables)(*(x.clone() if isinstance(x, torch.Tensor) else x for x in tables))
 
-    return past._replace(key_tables=copied(past.key_tables), value_tables=copied(past.value_tables))
+    keys = copied(past.key_tables)._replace(images=TableImages())
+    return past._replace(key_tables=keys, value_tables=copied(past.value_tables))
 
 
 def _sdpa(backend: SDPBackend, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -102,8 +102,9 @@ def emulate(
     heads, rows = tail[0].shape[1], q_heads // tail[0].shape[1] * q_len
     partial = torch.full((batch, heads, 2 * splits, rows, dim), float("nan"))
     state = torch.full((2, batch, heads, 2 * splits, rows), float("nan"))
+    image = cuda_decode.find_image(shape, *tables(past))
     arguments = make_arguments(
-        shape, query, past, *tail, partial, state, scale=scale, softcap=softcap, is_causal=is_causal,
+        query, past, image, *tail, partial, state, scale=scale, softcap=softcap, is_causal=is_causal,
         hides_padding=hides_padding, splits=splits, blocks=blocks,
     )  # fmt: skip
     library.run(ctypes.byref(arguments))
@@ -299,18 +300,18 @@ def test_a_float32_model_is_refused_before_a_gpu_is_asked():
 def test_tables_that_do_not_fit_are_refused_with_their_bytes(monkeypatch):
     """Two stages of keys and of values fit at a head size of 64, and not at 128; what a GPU has decides."""
     small, large = (layer_tables(random_codec("d8b8s2", "d8b8s2", 2, dim), torch.float16) for dim in (64, 128))
-    assert shared_bytes(find_shape(*small, 4, False)) == 147904
+    assert shared_bytes(find_shape(*small, 4, False)) == 147936
     message = (
-        "2 stages of keys and 2 of values at head size 128 take 295808 bytes of shared memory a block, of which there "
+        "2 stages of keys and 2 of values at head size 128 take 295840 bytes of shared memory a block, of which there "
         f"are {SHARED_MEMORY}; fewer stages take less$"
     )
     with pytest.raises(ValueError, match=message):
         find_shape(*large, 4, False)
-    with pytest.raises(ValueError, match="147904 bytes of shared memory a block, of which there are 101376"):
+    with pytest.raises(ValueError, match="147936 bytes of shared memory a block, of which there are 101376"):
         find_shape(*small, 4, False, 101376)
     monkeypatch.setattr(cuda_decode, "shared_memory", lambda device: 101376)
     with pytest.raises(
-        UnsupportedTables, match="148416 bytes .*fewer stages take less; use backend='triton' or 'auto'"
+        UnsupportedTables, match="148448 bytes .*fewer stages take less; use backend='triton' or 'auto'"
     ):
         CudaBackend(random_codec("d8b8s2", "d8b8s2", 2, 64), torch.float16)
     with pytest.raises(
@@ -343,8 +344,8 @@ def test_no_step_needs_more_memory_than_a_backend_asks_for():
 
 
 def test_inspect_names_the_kernels_of_stages():
-    assert fastest_kernels(random_codec("d4b8s3", "d4b8s3", 2, 64), 3) == ("cuda", 213440)
-    assert fastest_kernels(random_codec("d4b8s3", "d4b8s3", 2, 64), 3, 166912) == ("triton", 213440)
+    assert fastest_kernels(random_codec("d4b8s3", "d4b8s3", 2, 64), 3) == ("cuda", 213472)
+    assert fastest_kernels(random_codec("d4b8s3", "d4b8s3", 2, 64), 3, 166912) == ("triton", 213472)
     assert fastest_kernels(random_codec("d8b8s2", "d8b8s2", 2, 128), 4) == ("triton", None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from antkv.scalar_decode import ChannelPairs
+from antkv.table_image import TableImages
 from antkv.tables import TURNS, Codes, KeyTables, ValueTables
 
 from ..codecs import LayerCodec, VectorQuantizer
@@ -89,6 +90,7 @@ def _key_tables(key: VectorQuantizer, codec: LayerCodec, dtype: torch.dtype) -> 
         encode_centroids=sorted_channels(whitened @ root),
         encode_bias=_unflat(-0.5 * whitened.square().sum(-1), heads, codes.groups),
         noise=None if key.noise is None else _sorted_noise(key.noise, inside),
+        images=TableImages(),
     )
 
 

@@ -102,7 +102,7 @@ class LayerCodec:
             id(t): t.numel() * t.element_size()
             for tables in self.kernel_tables.values()
             for table in tables
-            for t in table
+            for t in (*table, *(getattr(table, "images", None) or ()))
             if isinstance(t, torch.Tensor)
         }
         return self.key.memory_bytes() + self.value.memory_bytes() + sum(kernel.values())

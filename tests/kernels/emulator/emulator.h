@@ -33,13 +33,14 @@ struct Warp {
 struct Fiber {
   ucontext_t context;
   std::vector<uint8_t> stack;
-  bool done = false;
+  bool done = false, has_waited = false;
 };
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 ucontext_t scheduler;
 int current, block_arrived;
 long block_generation;
+uint32_t copied_from, copied_to;  // of shared memory, by `copy_to_shared`
 struct Barrier {
   int arrived = 0, threads = 0;
   long generation = 0;
@@ -153,6 +154,7 @@ inline Lane& mine() { return warps[current / 32].lanes[current % 32]; }
 void (*body)(int thread);
 inline void start() {
   body(current);
+  if (!fibers[current].has_waited) fail("leaves while copies are on their way");
   fibers[current].done = true;
   swapcontext(&fibers[current].context, &scheduler);
 }
@@ -202,18 +204,23 @@ inline void sync_some(int barrier, int threads) {
     for (long before = b.generation; b.generation == before;) yield();
   }
 }
-inline bool all_of_block(bool x) {
-  static bool all;
-  static long generation = -1;
-  if (generation != emulator::block_generation) generation = emulator::block_generation, all = true;
-  all &= x;
+template <int BYTES, int THREADS>
+inline void copy_to_shared(uint32_t to, const uint8_t* from, uint32_t arrivals, int thread) {
+  using namespace emulator;
+  if (thread == 0) {
+    if (to % 128 || (uintptr_t)from % 16 || BYTES % 16 || arrivals % 8) fail("misaligned copy");
+    if (THREADS != (int)fibers.size()) fail("not all threads copy");
+    memcpy(at(to, 16), from, BYTES);
+    copied_from = to, copied_to = to + BYTES;
+  }
   sync_block();
-  const bool out = all;
-  sync_block();
-  return out;
 }
+inline void wait_for_copy(uint32_t) { emulator::fibers[emulator::current].has_waited = true; }
 template <int OFFSET, int WORDS>
 inline void load_settled(uint32_t address, uint32_t (&r)[WORDS]) {
+  using namespace emulator;
+  const bool copied = address + OFFSET >= copied_from && address + OFFSET < copied_to;
+  if (copied && !fibers[current].has_waited) fail("reads what is on its way");
   emulator::mine().address = address + OFFSET;
   emulator::mine().argument = WORDS;
   memcpy(r, emulator::together(emulator::GATHER).out, 4 * WORDS);
@@ -301,10 +308,6 @@ inline float as_float(uint32_t x) {
   float out;
   memcpy(&out, &x, 4);
   return out;
-}
-inline void store_shared_16(uint32_t address, uint32_t x) {
-  const uint16_t low = (uint16_t)x;
-  memcpy(emulator::at(address, 2), &low, 2);
 }
 inline void store_shared_32(uint32_t address, uint32_t x) { memcpy(emulator::at(address, 4), &x, 4); }
 inline void store_shared_64(uint32_t address, uint32_t x, uint32_t y) {

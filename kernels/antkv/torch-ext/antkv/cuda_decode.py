@@ -21,6 +21,7 @@ from .checks import require
 from .decode_plan import MAX_SPLITS, check_decode, sort_exact
 from .merge_splits import merge_splits
 from .past import ExactTokens, QuantizedPast
+from .table_image import TableImages, image_bytes
 from .tables import KeyTables, ValueTables
 
 SOURCES = ("warp.cuh", "layout.cuh", "packed_codes.cuh", "decode_codes.cuh", "decode_exact.cuh", "decode_attention.cu")
@@ -39,9 +40,8 @@ OVERHEAD_SPANS, TEAMS_OVERHEAD_SPANS = 10, 8
 
 _POINTERS_FIRST = ("partial", "partial_max", "partial_total", "key_codes", "value_codes", "exact_bits", "offset")
 _POINTERS = (
-    "lengths", "key_centroids", "value_centroids", "channels", "frequency", "pair_scale", "mean", "anchor_positions",
-    "anchor_keys", "anchor_values", "anchor_key_scale", "anchor_value_scale", "sink_positions", "sink_keys",
-    "sink_values", "tail_keys", "tail_values",
+    "lengths", "tables", "channels", "frequency", "pair_scale", "anchor_positions", "anchor_keys", "anchor_values",
+    "anchor_key_scale", "anchor_value_scale", "sink_positions", "sink_keys", "sink_values", "tail_keys", "tail_values",
 )  # fmt: skip
 _INTEGERS = (
     "batch", "heads", "group", "q_len", "splits", "blocks_per_head", "coded", "tail", "anchors", "sinks", "capacity",
@@ -171,12 +171,18 @@ def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> t
     return form, splits, min(blocks, batch * splits)
 
 
+def find_image(shape: Shape, keys: KeyTables, values: ValueTables) -> torch.Tensor:
+    """The tables as blocks of a kernel hold them, `table_image.table_image`: kept if ``keys.images`` is given."""
+    images = TableImages() if keys.images is None else keys.images
+    return images.get(keys, values, shape.value_copies)
+
+
 def make_arguments(
-    shape: Shape, query: torch.Tensor, past: QuantizedPast, tail_keys: torch.Tensor, tail_values: torch.Tensor,
+    query: torch.Tensor, past: QuantizedPast, image: torch.Tensor, tail_keys: torch.Tensor, tail_values: torch.Tensor,
     partial: torch.Tensor, state: torch.Tensor, *, scale: float, softcap: float | None, is_causal: bool,
     hides_padding: bool, splits: int, blocks: int,
 ) -> Arguments:  # fmt: skip
-    """The kernel's arguments; the tensors must outlive the launch."""
+    """The kernel's arguments; the tensors must outlive the launch. `image`: `find_image` of the kernel's shape."""
     batch, q_heads, q_len, _ = query.shape
     heads = tail_keys.shape[1]
     anchors, sinks = sort_exact(past.exact)
@@ -185,9 +191,8 @@ def make_arguments(
     tensors = dict(
         query=query, partial=partial, partial_max=state[0], partial_total=state[1], key_codes=past.key_codes,
         value_codes=past.value_codes, exact_bits=past.exact_bits, offset=past.offset, lengths=past.lengths,
-        key_centroids=keys.centroids, value_centroids=past.value_tables.centroids, channels=keys.channels,
-        frequency=keys.frequency, pair_scale=keys.pair_scale, mean=keys.mean, tail_keys=tail_keys,
-        tail_values=tail_values,
+        tables=image, channels=keys.channels, frequency=keys.frequency, pair_scale=keys.pair_scale,
+        tail_keys=tail_keys, tail_values=tail_values,
         **_exact("anchor", anchors), **_exact("sink", sinks),
     )  # fmt: skip
     for name, tensor in tensors.items():
@@ -234,7 +239,7 @@ def source(shape: Shape) -> str:
 def shared_bytes(shape: Shape) -> int:
     """`Shape::BYTES` of layout.cuh: shared memory of a block."""
     dim, rows, warps = shape.head_dim, 4 * shape.row_groups, shape.warps
-    tables = (shape.key_stages + shape.value_stages - 1 + shape.value_copies) * 512 * dim + 7 * dim
+    tables = image_bytes(dim, shape.key_stages, shape.value_stages, shape.value_copies) + 16
     queries = 2 * (16 // shape.row_groups // shape.teams) * dim * rows * 2
     team_warps = warps // shape.teams
     return tables + shape.teams * max(queries, 2 * team_warps * rows * 4 + team_warps * rows * dim * 4)
@@ -335,7 +340,10 @@ def kernel_for(query: torch.Tensor, past: QuantizedPast, softcap: bool) -> Shape
     if not _exact_fits(past, query.dtype):
         return None
     shape = find_shape(past.key_tables, past.value_tables, rows, softcap, shared_memory(query.device))
-    return shape if _compiles(shape, query.device.index or 0) else None
+    if not _compiles(shape, query.device.index or 0):
+        return None
+    find_image(shape, past.key_tables, past.value_tables)  # also before a CUDA graph is under way
+    return shape
 
 
 def launch(kernel: Kernel, arguments: Arguments, shape: Shape) -> None:
@@ -393,8 +401,9 @@ def decode_attention(
     state = torch.empty(2, batch, heads, 2 * splits, rows, **options)
     lse = torch.empty(batch, q_heads, q_len, **options)
     out = torch.empty(batch, q_heads, q_len, dim, device=query.device, dtype=query.dtype) if out is None else out
+    image = find_image(shape, past.key_tables, past.value_tables)
     arguments = make_arguments(
-        shape, query, past, tail_keys, tail_values, partial, state, scale=scale, softcap=softcap, is_causal=is_causal,
+        query, past, image, tail_keys, tail_values, partial, state, scale=scale, softcap=softcap, is_causal=is_causal,
         hides_padding=past.lengths is not None, splits=splits, blocks=blocks,
     )  # fmt: skip
     with torch.cuda.device_of(query):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from .table_image import TableImages
 
 TURNS = 64  # positions in `KeyTables.turns`: the largest tile of tokens that a decode program takes
 
@@ -47,6 +50,8 @@ class KeyTables(NamedTuple):
             the latent vector (the metric is folded in; both may be scaled by any positive factor a group).
         noise: float32 ``(kv_heads, groups, sub_dim, sub_dim)``, latent order: covariance of what codes lose of keys
             after RoPE. Logits of coded tokens get ``scale^2 / 2 sum_g q_g . noise_g q_g``; None: nothing.
+        images: keeps what `cuda_decode` makes of these tables and the values' beside them; None: it is made at each
+            call. Of these tables alone: tables with other tensors need their own.
     """
 
     codes: Codes
@@ -60,6 +65,7 @@ class KeyTables(NamedTuple):
     encode_centroids: torch.Tensor
     encode_bias: torch.Tensor
     noise: torch.Tensor | None = None
+    images: TableImages | None = None
 
 
 class ValueTables(NamedTuple):

@@ -66,9 +66,10 @@ DEVICE void sum_codes(const Arguments& a, int b, int h, int first, int last, con
 
 // The share `split` of the exact tokens of (b, h), likewise.
 template <class S>
-DEVICE void sum_exact(const Arguments& a, int b, int h, int split, int coded, int tail, int anchors, bool neighbours,
-                      const Team<S>& team) {
-  const int g = team.lane() / 4, c = team.lane() % 4, length = coded + tail;
+DEVICE void sum_exact(const Arguments& a, int b, int h, int split, const Lengths<S>& n, const Team<S>& team) {
+  const int g = team.lane() / 4, c = team.lane() % 4, coded = n.coded, tail = n.tail, anchors = n.anchors;
+  const int length = coded + tail;
+  const bool neighbours = n.neighbours;
   store_query<S>(a, b, h, neighbours, team);
   ExactSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
   team.sync();
@@ -106,26 +107,28 @@ DEVICE void sum_exact(const Arguments& a, int b, int h, int split, int coded, in
 template <class S>
 DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
   const int h = block / a.blocks_per_head;
-  const int coded = a.lengths ? a.lengths[0] : a.coded, tail = a.lengths ? a.lengths[1] : a.tail;
-  const int anchors = a.lengths ? a.lengths[2] : a.anchors;
   const Team<S> team(shared_address(memory), thread);
-  const bool neighbours = fill_tables<S>(a, h, memory, thread);
-  sync_block();  // the last one of the block: from here on every team waits for itself alone
-  const int share = ((coded + S::SPAN - 1) / S::SPAN + a.splits - 1) / a.splits * S::SPAN;
+  begin_tables<S>(a, h, team.base, thread);
   const int first_item = team.number * a.blocks_per_head + block % a.blocks_per_head;  // busy teams in all blocks
+#pragma unroll 1
   for (int item = first_item; item < a.batch * a.splits; item += S::TEAMS * a.blocks_per_head) {
-    const int b = item / a.splits, split = item % a.splits;
-    const int64_t bh = (int64_t)b * a.heads + h;
-    const int first = split * share, last = first + share < coded ? first + share : coded;
-    sum_codes<S>(a, b, h, first, last, team);
-    team.sync();
-    store_partial<S>(a, bh, split, team);
-    team.sync();
-    sum_exact<S>(a, b, h, split, coded, tail, anchors, neighbours, team);
-    team.sync();
-    store_partial<S>(a, bh, a.splits + split, team);
-    team.sync();
+    // Exact tokens first: they need no tables, which may be on their way. In a loop, so that what follows is there once.
+#pragma unroll 1
+    for (int codes = 0; codes < 2; codes++) {
+      // Found anew each time: kept, it would fill registers.
+      const int i = (int)settled(item), b = i / a.splits, split = i % a.splits;
+      const int64_t bh = (int64_t)b * a.heads + h;
+      const Lengths<S> n(team.base);
+      const int share = ((n.coded + S::SPAN - 1) / S::SPAN + a.splits - 1) / a.splits * S::SPAN;
+      const int first = split * share, last = first + share < n.coded ? first + share : n.coded;
+      if (codes) sum_codes<S>(a, b, h, first, last, team);
+      else sum_exact<S>(a, b, h, split, n, team);
+      team.sync();
+      store_partial<S>(a, bh, codes ? split : a.splits + split, team);
+      team.sync();
+    }
   }
+  wait_for_copy(team.base + S::ARRIVALS);  // of those who had no share, or no codes
 }
 
 // What is compiled: one shape. cuda_decode.py adds a line such as DECODE_KERNEL(Shape<64, 1, 8, 1, 8, ...>).

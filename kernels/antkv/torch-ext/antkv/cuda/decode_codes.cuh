@@ -200,7 +200,7 @@ template <class S>
 DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, const Team<S>& team,
                          CodeSums<S>& sums) {
   const int warp = team.warp(), lane = team.lane(), g = lane / 4, c = lane % 4;
-  const uint32_t base = settled(team.base);
+  const uint32_t base = team.base;
   const int64_t bh = (int64_t)b * a.heads + h;
   const int offset = (int)a.offset[b];
   const int lowest = a.hides_padding ? offset : 0;
@@ -267,6 +267,11 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
     uint32_t query_offset = S::AHEAD * S::QUERY_BYTES * buffer;
     turn_queries<S>(a, b, h, start, last, offset, team.work + query_offset, team.thread);
     team.sync();  // two buffers: nobody writes one before everybody has passed the barrier after reading it
+    wait_for_copy(team.base + S::ARRIVALS);  // the tables, which nothing above needed
+#pragma unroll
+    for (int way = 0; way < S::KEY_WAYS; way++) key_place[way] = settled(key_place[way]);
+#pragma unroll
+    for (int i = 0; i < 2 * S::VALUE_PLACES; i++) value_place[i / 2][i % 2] = settled(value_place[i / 2][i % 2]);
 #pragma unroll 1
     for (int span = 0; span < S::AHEAD && tile < last; span++, tile += S::SPAN, query_offset += S::QUERY_BYTES) {
       uint32_t key[2][S::KEY_WORDS], value[S::VALUE_WORDS];
@@ -308,5 +313,5 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
       for (int k = 0; k < S::VALUE_WORDS; k++) pending[k] = value[k];
     }
   }
-  add_tile<S>(pending, value_place, prob, kept, c, sums.out);
+  if (first < last) add_tile<S>(pending, value_place, prob, kept, c, sums.out);  // else nobody has waited for tables
 }

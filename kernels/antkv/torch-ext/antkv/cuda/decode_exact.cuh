@@ -9,7 +9,7 @@ struct ExactSums {
 
 enum Kind { INT8, PLAIN };  // PLAIN: float16 or bfloat16, which is taken as float16
 
-// The plain query in the order of `sort_pairs`, as [8 channels of a lane][query row][lane] of float16; after it the query
+// The plain query in the order of `Pairs`, as [8 channels of a lane][query row][lane] of float16; after it the query
 // for keys before RoPE, times the scale of pairs.
 template <class S>
 DEVICE void store_query(const Arguments& a, int b, int h, bool neighbours, const Team<S>& team) {

@@ -11,12 +11,10 @@ struct Arguments {
   const uint8_t* exact_bits;  // (batch, kv_heads, bits_width)
   const int64_t* offset;      // (batch,)
   const int* lengths;         // coded tokens, tail tokens, anchors; null: as below
-  const uint16_t* key_centroids;  // (kv_heads, groups, stages, 256, sub_dim), float16
-  const uint16_t* value_centroids;
+  const uint8_t* tables;    // (kv_heads, Shape::IMAGE): what a block's shared memory begins with, see table_image.py
   const int* channels;      // (kv_heads, head_dim): plain channel of a latent one
   const float* frequency;   // (kv_heads, head_dim / 2)
   const float* pair_scale;  // (kv_heads, head_dim / 2)
-  const float* mean;        // (kv_heads, head_dim), latent order
   // "Anchors" are the larger set of exact tokens, "sinks" the smaller, plain one: see sort_exact in decode_plan.py.
   const int* anchor_positions;  // (batch, kv_heads, anchor_capacity)
   const void* anchor_keys;
@@ -105,8 +103,10 @@ struct Shape {
   static constexpr int QUERY_BYTES = D * ROWS * 2;  // one turned query
   static constexpr int KEY_TABLE = 0, VALUE_TABLE = KEY_STAGES * KEY_SECTIONS * SECTION;
   static constexpr int PAIRS = VALUE_TABLE + VALUE_TABLES * (VALUE_SECTIONS / 2) * SECTION;
+  // The image of the tables ends; after it, whether they have arrived.
+  static constexpr int IMAGE = PAIRS + 7 * D + 16, ARRIVALS = IMAGE;
   // What a team has of its own: queries, whose place its warps' sums take.
-  static constexpr int WORK = PAIRS + 7 * D, SUMS = 2 * TEAM_WARPS * ROWS * 4;
+  static constexpr int WORK = ARRIVALS + 16, SUMS = 2 * TEAM_WARPS * ROWS * 4;
   static constexpr int QUERIES_BYTES = 2 * AHEAD * QUERY_BYTES, SUMS_BYTES = SUMS + TEAM_WARPS * ROWS * D * 4;
   static constexpr int WORK_BYTES = QUERIES_BYTES > SUMS_BYTES ? QUERIES_BYTES : SUMS_BYTES;
   static constexpr int BYTES = WORK + TEAMS * WORK_BYTES;
@@ -136,15 +136,8 @@ struct Team {
 template <class S, int STAGE>
 struct ValueStage {
   static constexpr bool ALONE = STAGE == S::VALUE_TABLES - 1 && STAGE % 2 == 0;
-  static constexpr bool TWICE = STAGE == S::VALUE_STAGES - 1 && STAGE % 2 == 0 && !ALONE;
   static constexpr int FIRST = STAGE / 2 * S::VALUE_SECTIONS * SECTION;  // from VALUE_TABLE on
   static constexpr int PLACE = ALONE ? S::VALUE_PLACES - 1 : STAGE % 2;  // of VALUE_PLACES
-};
-
-// What one load of a table brings: codes that follow one another if an entry is a whole code, else one entry.
-template <int ENTRY, int SPREAD>
-struct Piece {
-  static constexpr int CODES = SPREAD == 1 ? 8 / ENTRY : 1, WORDS = ENTRY * CODES / 2;
 };
 
 template <int WORDS>
@@ -160,159 +153,44 @@ DEVICE void gather_pairs(uint32_t& first, uint32_t& second) {
   first = x;
 }
 
-// The entries of a piece, `WORDS` words each, to the same column of rows that follow one another.
-template <int WORDS, int COUNT>
-DEVICE void store_entries(uint32_t to, uint32_t (&piece)[COUNT]) {
-#pragma unroll
-  for (int k = 0; k < COUNT; k += WORDS) {
-    const uint32_t place = to + k / WORDS * 128;
-    if constexpr (WORDS == 4) store_shared_128(place, piece);
-    if constexpr (WORDS == 2) store_shared_64(place, piece[k], piece[k + 1]);
-    if constexpr (WORDS == 1) store_shared_32(place, piece[k]);
-  }
-}
-
 // RoPE pairs in the order in which lanes own them, in shared memory: that of their first channels if every pair is
 // (i, i + D/2), so that a lane's channels are neighbours, else the latent one.
 template <class S>
 struct Pairs {
   static constexpr int FREQUENCY = S::PAIRS, SCALE = FREQUENCY + 2 * S::D, MEAN = SCALE + 2 * S::D;
-  static constexpr int CHANNELS = MEAN + 2 * S::D;
+  static constexpr int CHANNELS = MEAN + 2 * S::D, NEIGHBOURS = CHANNELS + S::D;
 };
 
-// Returns whether a lane's channels are neighbours.
+// What a block looks up for each share, next to each other: kept in registers it would make others spill.
 template <class S>
-DEVICE bool sort_pairs(const Arguments& a, int h, uint32_t base, int thread) {
-  constexpr int HALF_D = S::D / 2;
-  const bool mine = thread < HALF_D;
-  int channel[2] = {0, HALF_D};
-  if (mine)
-    for (int k = 0; k < 2; k++) channel[k] = a.channels[h * S::D + 2 * thread + k];
-  const bool neighbours = !S::ROTATES || all_of_block(channel[1] == channel[0] + HALF_D);
-  if (mine) {
-    const int at = neighbours ? channel[0] % HALF_D : thread;
-    store_shared_float(base + Pairs<S>::FREQUENCY + 4 * at, a.frequency[h * HALF_D + thread]);
-    store_shared_float(base + Pairs<S>::SCALE + 4 * at, a.pair_scale[h * HALF_D + thread]);
-    store_shared_16(base + Pairs<S>::CHANNELS + 2 * at, channel[0] | channel[1] << 8);
-    for (int k = 0; k < 2; k++) {
-      // Without RoPE there are no pairs: any channel may come first.
-      const int place = neighbours ? channel[k] % HALF_D : thread, second = neighbours ? channel[k] / HALF_D : k;
-      store_shared_16(base + Pairs<S>::MEAN + place / 4 * 16 + place % 4 / 2 * 8 + second * 4 + place % 2 * 2,
-                      pack_half2(a.mean[h * S::D + 2 * thread + k], 0.0f));
-    }
-  }
-  return neighbours;
-}
+struct Lengths {
+  bool neighbours;
+  int coded, tail, anchors;
 
-// The table of a stage on its way to shared memory. Neighbouring threads write neighbouring columns; the threads after
-// them read what follows in the same table.
-template <class S, int STAGE>
-struct KeyPieces {
-  typedef Piece<S::KEY_ENTRY, S::KEY_SPREAD> P;
-  static constexpr int COLUMNS = 4 * S::KEY_WAYS, PIECES = COLUMNS * 256 / P::CODES;
-  static constexpr int ROUNDS = (PIECES + S::THREADS - 1) / S::THREADS;
-  static constexpr int PER_LANE = S::KEY_WAYS * S::KEY_SECTIONS;  // entries
-  uint32_t pieces[S::KEY_SECTIONS][ROUNDS][P::WORDS];
-
-  static DEVICE int entry_of(int thread) {
-    return thread % COLUMNS / S::KEY_WAYS * PER_LANE + thread % COLUMNS % S::KEY_WAYS;
-  }
-  DEVICE void load(const Arguments& a, int h, int thread) {
-#pragma unroll
-    for (int section = 0; section < S::KEY_SECTIONS; section++) {
-      const int entry = entry_of(thread) + section * S::KEY_WAYS;
-      const int table = (h * S::KEY_GROUPS + entry / S::KEY_SPREAD) * S::KEY_STAGES + STAGE;
-      const uint16_t* from = a.key_centroids + table * (256 * S::KEY_DIM) + entry % S::KEY_SPREAD * S::KEY_ENTRY;
-#pragma unroll
-      for (int j = 0; j < ROUNDS; j++)
-        if (thread + j * S::THREADS < PIECES)
-          load_piece(from + (thread + j * S::THREADS) / COLUMNS * (P::CODES * S::KEY_DIM), pieces[section][j]);
-    }
-  }
-  DEVICE void store(const Arguments& a, int h, uint32_t base, int thread) {
-#pragma unroll
-    for (int section = 0; section < S::KEY_SECTIONS; section++) {
-      float mean[S::KEY_ENTRY];  // goes with the first stage, so that no token pays for it
-      if constexpr (STAGE == 0)
-        for (int k = 0; k < S::KEY_ENTRY; k++)
-          mean[k] = a.mean[h * S::D + (entry_of(thread) + section * S::KEY_WAYS) * S::KEY_ENTRY + k];
-#pragma unroll
-      for (int j = 0; j < ROUNDS; j++) {
-        const int code = (thread + j * S::THREADS) / COLUMNS * P::CODES;
-        uint32_t(&piece)[P::WORDS] = pieces[section][j];
-        if (code >= 256) break;
-        if constexpr (STAGE == 0)
-#pragma unroll
-          for (int k = 0; k < P::WORDS; k++)
-            piece[k] = pack_half2(half_to_float((uint16_t)piece[k]) + mean[2 * k % S::KEY_ENTRY],
-                                  half_to_float((uint16_t)(piece[k] >> 16)) + mean[(2 * k + 1) % S::KEY_ENTRY]);
-        if constexpr (S::KEY_ENTRY >= 4)
-          for (int k = 0; k < P::WORDS; k += 2) gather_pairs(piece[k], piece[k + 1]);
-        store_entries<S::KEY_ENTRY / 2>(base + S::KEY_TABLE + (STAGE * S::KEY_SECTIONS + section) * SECTION +
-                                            code * 128 + thread % COLUMNS * (2 * S::KEY_ENTRY),
-                                        piece);
-      }
-    }
+  DEVICE explicit Lengths(uint32_t base) {
+    uint32_t words[4];
+    load_shared_128(base + Pairs<S>::NEIGHBOURS, words);
+    neighbours = words[0] != 0;
+    coded = (int)words[1], tail = (int)words[2], anchors = (int)words[3];
   }
 };
 
-template <class S, int STAGE>
-struct ValuePieces {
-  typedef Piece<S::VALUE_ENTRY, S::VALUE_SPREAD> P;
-  typedef ValueStage<S, STAGE> At;
-  static constexpr int COLUMNS = 2 * S::VALUE_WAYS, PIECES = COLUMNS * 256 / P::CODES;
-  static constexpr int ROUNDS = (PIECES + S::THREADS - 1) / S::THREADS, PER_STEP = 8 / S::VALUE_WAYS;  // sections
-  uint32_t pieces[S::VALUE_SECTIONS][ROUNDS][P::WORDS];
-
-  DEVICE void load(const Arguments& a, int h, int thread) {
-    const int column = thread % COLUMNS;
-#pragma unroll
-    for (int section = 0; section < S::VALUE_SECTIONS; section++) {
-      const int lane = section % PER_STEP * S::VALUE_WAYS + column / 2;
-      const int entry = lane * S::VALUE_PER_LANE + section / PER_STEP * 2 + column % 2;
-      const int table = (h * S::VALUE_GROUPS + entry / S::VALUE_SPREAD) * S::VALUE_STAGES + STAGE;
-      const uint16_t* from =
-          a.value_centroids + table * (256 * S::VALUE_DIM) + entry % S::VALUE_SPREAD * S::VALUE_ENTRY;
-#pragma unroll
-      for (int j = 0; j < ROUNDS; j++)
-        if (thread + j * S::THREADS < PIECES)
-          load_piece(from + (thread + j * S::THREADS) / COLUMNS * (P::CODES * S::VALUE_DIM), pieces[section][j]);
+// Brings the pairs to shared memory, and sends for the tables. The last time that the whole block waits: from here on
+// every team waits for itself alone.
+template <class S>
+DEVICE void begin_tables(const Arguments& a, int h, uint32_t base, int thread) {
+  const uint8_t* image = a.tables + h * (int64_t)S::IMAGE;
+  const int at = S::PAIRS + 16 * (thread - 32);  // the first warp has the copies to begin
+  if (at >= S::PAIRS && at < S::IMAGE) {
+    uint32_t words[4];
+    load_128(image + at, words);
+    if (at == Pairs<S>::NEIGHBOURS) {  // after it, lengths: see `Lengths`
+      words[1] = a.lengths ? a.lengths[0] : a.coded, words[2] = a.lengths ? a.lengths[1] : a.tail;
+      words[3] = a.lengths ? a.lengths[2] : a.anchors;
     }
+    store_shared_128(base + at, words);
   }
-  DEVICE void store(uint32_t base, int thread) {
-#pragma unroll
-    for (int section = 0; section < S::VALUE_SECTIONS; section++)
-#pragma unroll
-      for (int j = 0; j < ROUNDS; j++) {
-        const int index = (thread + j * S::THREADS) / COLUMNS, code = index * P::CODES;
-        if (code >= 256) break;
-        const int row = S::VALUE_TABLE + At::FIRST + (At::ALONE ? section / 2 : section) * SECTION + code * 128;
-        for (int copy = 0; copy < (At::TWICE ? 2 : 1); copy++) {
-          // Half of the threads begin with the other copy: another column.
-          const int table = At::TWICE ? copy ^ (index & 1) : At::ALONE ? section % 2 : STAGE % 2;
-          store_entries<S::VALUE_ENTRY / 2>(base + row + (thread % COLUMNS * 2 + table) * (2 * S::VALUE_ENTRY),
-                                            pieces[section][j]);
-        }
-      }
-  }
-};
-
-// Tables of a kv head into shared memory, from stage `STAGE` on. While the loads of the first are on their way, pairs
-// are sorted; returns what `sort_pairs` does.
-template <class S, int STAGE = 0>
-DEVICE bool fill_tables(const Arguments& a, int h, uint8_t* memory, int thread) {
-  const uint32_t base = shared_address(memory);
-  KeyPieces<S, STAGE> keys;
-  ValuePieces<S, STAGE> values;
-  bool neighbours = false;
-  if constexpr (STAGE < S::KEY_STAGES) keys.load(a, h, thread);
-  if constexpr (STAGE < S::VALUE_STAGES) values.load(a, h, thread);
-  if constexpr (STAGE == 0) neighbours = sort_pairs<S>(a, h, base, thread);
-  if constexpr (STAGE < S::KEY_STAGES) keys.store(a, h, base, thread);
-  if constexpr (STAGE < S::VALUE_STAGES) values.store(base, thread);
-  if constexpr (STAGE + 1 < S::KEY_STAGES || STAGE + 1 < S::VALUE_STAGES)
-    fill_tables<S, STAGE + 1>(a, h, memory, thread);
-  return neighbours;
+  copy_to_shared<S::PAIRS, S::THREADS>(base, image, base + S::ARRIVALS, thread);
 }
 
 // Raises the maxima of a lane's two columns if one of `logits` is far above, and scales what was summed under them. All

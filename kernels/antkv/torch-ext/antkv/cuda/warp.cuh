@@ -17,7 +17,47 @@ DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_some(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(barrier), "r"(threads) : "memory");
 }
-DEVICE bool all_of_block(bool x) { return __syncthreads_and(x); }
+
+// A block's copy of `BYTES` bytes from global to shared memory, both at multiples of 16, on its way while the block goes
+// on. All `THREADS` threads begin it, which waits for them all; `arrivals` are 8 bytes for a barrier in shared memory.
+template <int BYTES, int THREADS>
+DEVICE void copy_to_shared(uint32_t to, const uint8_t* from, uint32_t arrivals, int thread) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int PIECE = 32768;
+  static_assert(BYTES % PIECE == 0, "pieces are of one size");
+  if (thread == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(arrivals) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" : : : "memory");  // copies must see what was begun
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(arrivals), "r"(BYTES) : "memory");
+#pragma unroll 1
+    for (int i = 0; i < BYTES; i += PIECE)
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                   : : "r"(to + i), "l"(from + i), "r"(PIECE), "r"(arrivals) : "memory");
+  }
+  __syncthreads();
+#else
+  if (thread == 0)
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(arrivals), "r"(THREADS) : "memory");
+#pragma unroll 4
+  for (int i = 16 * thread; i < BYTES; i += 16 * THREADS)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to + i), "l"(from + i) : "memory");
+  __syncthreads();
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(arrivals) : "memory");
+#endif
+}
+// Waits until it is there; later it is a look. Every thread does before it leaves.
+DEVICE void wait_for_copy(uint32_t arrivals) {
+  uint32_t arrived;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(arrived) : "r"(arrivals) : "memory");
+#else
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], 0; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(arrived) : "r"(arrivals) : "memory");
+#endif
+  } while (!arrived);
+}
 
 // 4, 2 or 1 words from memory that nobody writes any more, so that the compiler may move the read; `settled` marks such
 // an address.
@@ -149,9 +189,6 @@ DEVICE void load_64(const void* p, uint32_t (&r)[2]) {
 DEVICE void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
 
-DEVICE void store_shared_16(uint32_t address, uint32_t x) {
-  asm volatile("st.shared.u16 [%0], %1;" : : "r"(address), "h"((uint16_t)x) : "memory");
-}
 DEVICE void store_shared_32(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" : : "r"(address), "r"(x) : "memory");
 }
