@@ -302,6 +302,11 @@ inline float as_float(uint32_t x) {
   memcpy(&out, &x, 4);
   return out;
 }
+inline uint32_t as_word(float x) {
+  uint32_t out;
+  memcpy(&out, &x, 4);
+  return out;
+}
 inline void store_shared_16(uint32_t address, uint32_t x) {
   const uint16_t low = (uint16_t)x;
   memcpy(emulator::at(address, 2), &low, 2);

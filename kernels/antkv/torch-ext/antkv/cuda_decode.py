@@ -234,7 +234,7 @@ def source(shape: Shape) -> str:
 def shared_bytes(shape: Shape) -> int:
     """`Shape::BYTES` of layout.cuh: shared memory of a block."""
     dim, rows, warps = shape.head_dim, 4 * shape.row_groups, shape.warps
-    tables = (shape.key_stages + shape.value_stages - 1 + shape.value_copies) * 512 * dim + 7 * dim
+    tables = (shape.key_stages + shape.value_stages - 1 + shape.value_copies) * 512 * dim + 11 * dim
     queries = 2 * (16 // shape.row_groups // shape.teams) * dim * rows * 2
     team_warps = warps // shape.teams
     return tables + shape.teams * max(queries, 2 * team_warps * rows * 4 + team_warps * rows * dim * 4)

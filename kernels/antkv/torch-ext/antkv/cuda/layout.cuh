@@ -39,6 +39,7 @@ struct Arguments {
 constexpr float LOWEST = -1e30f;
 constexpr int SECTION = 32768;
 constexpr int SPANS_AHEAD = 16;  // spans whose queries all teams of a block turn at a time
+constexpr int TURNS_OF_A_QUERY = 16;  // so often a team turns its spans on before it begins anew, which bounds rounding
 
 DEVICE float load_16(const uint16_t* p, int is_bfloat) { return is_bfloat ? bfloat_to_float(*p) : half_to_float(*p); }
 
@@ -82,7 +83,10 @@ struct Shape {
   static constexpr int KEY_STAGES = KEY_STAGES_, VALUE_STAGES = VALUE_STAGES_;
   static constexpr int THREADS = 32 * WARPS, TEAMS = TEAMS_, TEAM_WARPS = WARPS / TEAMS;
   static_assert(WARPS % TEAMS == 0, "teams have as many warps each");
-  static constexpr int TEAM_THREADS = 32 * TEAM_WARPS, SPAN = 16 * TEAM_WARPS, AHEAD = SPANS_AHEAD / ROW_GROUPS / TEAMS;
+  static constexpr int TEAM_THREADS = 32 * TEAM_WARPS, SPAN = 16 * TEAM_WARPS;
+  // Several teams keep the query that comes next in float32, which takes the place of one span's in both buffers.
+  static constexpr bool KEEPS_TURNED = TEAMS > 1;
+  static constexpr int AHEAD = SPANS_AHEAD / ROW_GROUPS / TEAMS - KEEPS_TURNED;
   static constexpr int KEY_GROUPS = D / KEY_DIM, VALUE_GROUPS = D / VALUE_DIM;  // of channels that share a code
   static constexpr int KEY_ENTRY = KEY_DIM < 8 ? KEY_DIM : 8, VALUE_ENTRY = VALUE_DIM < D / 16 ? VALUE_DIM : D / 16;
   static constexpr int KEY_SPREAD = KEY_DIM / KEY_ENTRY, VALUE_SPREAD = VALUE_DIM / VALUE_ENTRY;  // entries of a code
@@ -106,8 +110,9 @@ struct Shape {
   static constexpr int KEY_TABLE = 0, VALUE_TABLE = KEY_STAGES * KEY_SECTIONS * SECTION;
   static constexpr int PAIRS = VALUE_TABLE + VALUE_TABLES * (VALUE_SECTIONS / 2) * SECTION;
   // What a team has of its own: queries, whose place its warps' sums take.
-  static constexpr int WORK = PAIRS + 7 * D, SUMS = 2 * TEAM_WARPS * ROWS * 4;
-  static constexpr int QUERIES_BYTES = 2 * AHEAD * QUERY_BYTES, SUMS_BYTES = SUMS + TEAM_WARPS * ROWS * D * 4;
+  static constexpr int WORK = PAIRS + 11 * D, TURNED = 2 * AHEAD * QUERY_BYTES, SUMS = 2 * TEAM_WARPS * ROWS * 4;
+  static constexpr int QUERIES_BYTES = TURNED + KEEPS_TURNED * 2 * QUERY_BYTES;
+  static constexpr int SUMS_BYTES = SUMS + TEAM_WARPS * ROWS * D * 4;
   static constexpr int WORK_BYTES = QUERIES_BYTES > SUMS_BYTES ? QUERIES_BYTES : SUMS_BYTES;
   static constexpr int BYTES = WORK + TEAMS * WORK_BYTES;
 };
@@ -178,6 +183,7 @@ template <class S>
 struct Pairs {
   static constexpr int FREQUENCY = S::PAIRS, SCALE = FREQUENCY + 2 * S::D, MEAN = SCALE + 2 * S::D;
   static constexpr int CHANNELS = MEAN + 2 * S::D;
+  static constexpr int STEP = CHANNELS + S::D;  // cosine and sine of a span's angles, in the order of `turn_queries`
 };
 
 // Returns whether a lane's channels are neighbours.
@@ -194,6 +200,10 @@ DEVICE bool sort_pairs(const Arguments& a, int h, uint32_t base, int thread) {
     store_shared_float(base + Pairs<S>::FREQUENCY + 4 * at, a.frequency[h * HALF_D + thread]);
     store_shared_float(base + Pairs<S>::SCALE + 4 * at, a.pair_scale[h * HALF_D + thread]);
     store_shared_16(base + Pairs<S>::CHANNELS + 2 * at, channel[0] | channel[1] << 8);
+    float sine, cosine;
+    sin_cos((float)S::SPAN * a.frequency[h * HALF_D + thread], sine, cosine);
+    const int eight = thread / 4, step = eight % (S::D / 32) * 16 + eight / (S::D / 32) * 4 + thread % 4;
+    store_shared_64(base + Pairs<S>::STEP + 8 * step, as_word(cosine), as_word(sine));
     for (int k = 0; k < 2; k++) {
       // Without RoPE there are no pairs: any channel may come first.
       const int place = neighbours ? channel[k] % HALF_D : thread, second = neighbours ? channel[k] / HALF_D : k;
