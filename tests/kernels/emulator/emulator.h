@@ -309,6 +309,11 @@ inline float as_float(uint32_t x) {
   memcpy(&out, &x, 4);
   return out;
 }
+inline uint32_t as_word(float x) {
+  uint32_t out;
+  memcpy(&out, &x, 4);
+  return out;
+}
 inline void store_shared_32(uint32_t address, uint32_t x) { memcpy(emulator::at(address, 4), &x, 4); }
 inline void store_shared_64(uint32_t address, uint32_t x, uint32_t y) {
   const uint32_t both[2] = {x, y};

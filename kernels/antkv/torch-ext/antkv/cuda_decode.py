@@ -239,7 +239,7 @@ def source(shape: Shape) -> str:
 def shared_bytes(shape: Shape) -> int:
     """`Shape::BYTES` of layout.cuh: shared memory of a block."""
     dim, rows, warps = shape.head_dim, 4 * shape.row_groups, shape.warps
-    tables = image_bytes(dim, shape.key_stages, shape.value_stages, shape.value_copies) + 16
+    tables = image_bytes(dim, shape.key_stages, shape.value_stages, shape.value_copies) + 16 + 4 * dim
     queries = 2 * (16 // shape.row_groups // shape.teams) * dim * rows * 2
     team_warps = warps // shape.teams
     return tables + shape.teams * max(queries, 2 * team_warps * rows * 4 + team_warps * rows * dim * 4)

@@ -24,48 +24,72 @@ struct CodeSums {
   float out[S::D / 32 * S::GROUPS][4];  // 16 channels x 8 columns each
 };
 
+// Two pairs of a query's row from `pair` on, times the scales, turned back by the angles of `position`;
+// zeros for rows that are not there.
+template <class S>
+DEVICE void turn_back(const Arguments& a, int b, int h, int row, int pair, int position, float (&x)[2], float (&y)[2]) {
+  for (int k = 0; k < 2; k++) x[k] = y[k] = 0.0f;
+  if (row >= a.group * a.q_len) return;
+  const uint16_t* q = query_of_row(a, b, h, row);
+  pair += h * (S::D / 2);
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    x[k] = load_16(q + a.channels[2 * (pair + k)], a.query_is_bfloat) * a.scale_log2;
+    y[k] = load_16(q + a.channels[2 * (pair + k) + 1], a.query_is_bfloat) * a.scale_log2;
+    if (S::ROTATES) {
+      x[k] *= a.pair_scale[pair + k], y[k] *= a.pair_scale[pair + k];
+      float sine, cosine;
+      sin_cos((float)position * a.frequency[pair + k], sine, cosine);
+      const float turned = x[k] * cosine + y[k] * sine;
+      y[k] = y[k] * cosine - x[k] * sine;
+      x[k] = turned;
+    }
+  }
+}
+
 // Queries in latent order for the spans first, first + SPAN, ... before `last`: ``R(-(first - offset) frequency) q``
 // times the scales, as [span][8 channels of a lane][query row][lane] of float16, pairs as the keys' tables have them.
+// Teams turn on from where the spans before ended, unless `anew`: they turn a few spans at a time.
 template <class S>
-DEVICE void turn_queries(const Arguments& a, int b, int h, int first, int last, int offset, uint32_t to, int thread) {
+DEVICE void turn_queries(const Arguments& a, int b, int h, int first, int last, int offset, bool anew, uint32_t to,
+                         const Team<S>& team) {
   constexpr int ITEMS = S::ROWS * S::D / 4, PARALLEL = S::TEAM_THREADS / ITEMS;  // items: two pairs of a row
-  constexpr int CHUNKS = PARALLEL < 2 ? 1 : PARALLEL < 4 ? 2 : 4, SPANS = (S::AHEAD + CHUNKS - 1) / CHUNKS;
-  const int rows = a.group * a.q_len;
-  for (int i = thread; i < ITEMS * CHUNKS; i += S::TEAM_THREADS) {
-    const int row = i / (S::D / 4) % S::ROWS, eight = i % (S::D / 4) / 2, two = i % 2, span = i / ITEMS * SPANS;
-    float x[2], y[2], step_sine[2], step_cosine[2];
+  constexpr int CHUNKS = S::KEEPS_TURNED || PARALLEL < 2 ? 1 : PARALLEL < 4 ? 2 : 4;
+  constexpr int SPANS = (S::AHEAD + CHUNKS - 1) / CHUNKS;
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const int pair = eight * 4 + two * 2 + k;
-      x[k] = y[k] = 0.0f;
-      if (row < rows) {
-        const uint16_t* q = query_of_row(a, b, h, row);
-        x[k] = load_16(q + a.channels[h * S::D + 2 * pair], a.query_is_bfloat) * a.scale_log2;
-        y[k] = load_16(q + a.channels[h * S::D + 2 * pair + 1], a.query_is_bfloat) * a.scale_log2;
-        if (S::ROTATES) x[k] *= a.pair_scale[h * (S::D / 2) + pair], y[k] *= a.pair_scale[h * (S::D / 2) + pair];
-      }
-      if (S::ROTATES) {
-        const float frequency = a.frequency[h * (S::D / 2) + pair];
-        float sine, cosine;
-        sin_cos((float)(first + span * S::SPAN - offset) * frequency, sine, cosine);
-        sin_cos((float)S::SPAN * frequency, step_sine[k], step_cosine[k]);
-        const float turned = x[k] * cosine + y[k] * sine;
-        y[k] = y[k] * cosine - x[k] * sine;
-        x[k] = turned;
-      }
+  for (uint32_t round = 0; round < ITEMS * CHUNKS; round += S::TEAM_THREADS) {
+    const uint32_t i = round + settled(team.thread);  // places are computed here: registers are for the sums
+    if (ITEMS * CHUNKS % S::TEAM_THREADS && i >= ITEMS * CHUNKS) break;
+    const uint32_t item = CHUNKS == 1 ? i : i % ITEMS, eight = item / 2 % 4 * (S::D / 32) + item / (8 * S::ROWS);
+    const int span = CHUNKS == 1 ? 0 : i / ITEMS * SPANS;
+    const uint32_t kept = team.work + S::TURNED + item * 16;
+    float x[2], y[2];
+    uint32_t step[4];  // cosine and sine of either pair
+    if (!S::KEEPS_TURNED || anew) {
+      turn_back<S>(a, b, h, item / 8 % S::ROWS, eight * 4 + item % 2 * 2, first + span * S::SPAN - offset, x, y);
+    } else {
+      uint32_t words[4];
+      load_shared_128(kept, words);
+      for (int k = 0; k < 2; k++) x[k] = as_float(words[k]), y[k] = as_float(words[2 + k]);
     }
-    const int spans = smaller(smaller(SPANS, S::AHEAD - span), (last - first + S::SPAN - 1) / S::SPAN - span);
-    const uint32_t place = to + span * S::QUERY_BYTES + (eight % (S::D / 32) * S::ROWS + row) * 64 +
-                           eight / (S::D / 32) * 16 + two * 8;
+    if (S::ROTATES) load_shared_128(team.base + S::SPAN_ANGLES + (item / (8 * S::ROWS) * 8 + item % 8) * 16, step);
+    // Beyond `last` there is room, and no loop if all are turned.
+    const int left = (last - first + S::SPAN - 1) / S::SPAN - span;
+    const int spans = S::KEEPS_TURNED ? S::AHEAD : smaller(smaller(SPANS, S::AHEAD - span), left);
     for (int s = 0; s < spans; s++) {
-      store_shared_64(place + s * S::QUERY_BYTES, pack_half2(x[0], x[1]), pack_half2(y[0], y[1]));
+      store_shared_64(to + (span + s) * S::QUERY_BYTES + item * 8, pack_half2(x[0], x[1]), pack_half2(y[0], y[1]));
       if (S::ROTATES)
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-          const float turned = x[k] * step_cosine[k] + y[k] * step_sine[k];
-          y[k] = y[k] * step_cosine[k] - x[k] * step_sine[k];
+          const float cosine = as_float(step[2 * k]), sine = as_float(step[2 * k + 1]);
+          const float turned = x[k] * cosine + y[k] * sine;
+          y[k] = y[k] * cosine - x[k] * sine;
           x[k] = turned;
         }
+    }
+    if constexpr (S::KEEPS_TURNED) {
+      uint32_t words[4] = {as_word(x[0]), as_word(x[1]), as_word(y[0]), as_word(y[1])};
+      store_shared_128(kept, words);
     }
   }
 }
@@ -262,10 +286,10 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
   if (tile < last) load(tile, next);
   // A tile's values are added while the next tile's logits are computed: neither waits for the other.
   uint32_t pending[S::VALUE_WORDS] = {}, prob[2] = {};
-  int buffer = 0;
-  for (int start = first; start < last; start += S::AHEAD * S::SPAN, buffer ^= 1) {
-    uint32_t query_offset = S::AHEAD * S::QUERY_BYTES * buffer;
-    turn_queries<S>(a, b, h, start, last, offset, team.work + query_offset, team.thread);
+  for (int start = first, turns = 0; start < last; start += S::AHEAD * S::SPAN, turns++) {
+    uint32_t query_offset = S::AHEAD * S::QUERY_BYTES * (turns % 2);
+    const bool anew = turns % TURNS_OF_A_QUERY == 0;
+    turn_queries<S>(a, b, h, start, last, offset, anew, team.work + query_offset, team);
     team.sync();  // two buffers: nobody writes one before everybody has passed the barrier after reading it
     wait_for_copy(team.base + S::ARRIVALS);  // the tables, which nothing above needed
 #pragma unroll

@@ -37,6 +37,7 @@ struct Arguments {
 constexpr float LOWEST = -1e30f;
 constexpr int SECTION = 32768;
 constexpr int SPANS_AHEAD = 16;  // spans whose queries all teams of a block turn at a time
+constexpr int TURNS_OF_A_QUERY = 16;  // so often a team turns its spans on before it begins anew, which bounds rounding
 
 DEVICE float load_16(const uint16_t* p, int is_bfloat) { return is_bfloat ? bfloat_to_float(*p) : half_to_float(*p); }
 
@@ -80,7 +81,10 @@ struct Shape {
   static constexpr int KEY_STAGES = KEY_STAGES_, VALUE_STAGES = VALUE_STAGES_;
   static constexpr int THREADS = 32 * WARPS, TEAMS = TEAMS_, TEAM_WARPS = WARPS / TEAMS;
   static_assert(WARPS % TEAMS == 0, "teams have as many warps each");
-  static constexpr int TEAM_THREADS = 32 * TEAM_WARPS, SPAN = 16 * TEAM_WARPS, AHEAD = SPANS_AHEAD / ROW_GROUPS / TEAMS;
+  static constexpr int TEAM_THREADS = 32 * TEAM_WARPS, SPAN = 16 * TEAM_WARPS;
+  // Several teams keep the query that comes next in float32, which takes the place of one span's in both buffers.
+  static constexpr bool KEEPS_TURNED = TEAMS > 1;
+  static constexpr int AHEAD = SPANS_AHEAD / ROW_GROUPS / TEAMS - KEEPS_TURNED;
   static constexpr int KEY_GROUPS = D / KEY_DIM, VALUE_GROUPS = D / VALUE_DIM;  // of channels that share a code
   static constexpr int KEY_ENTRY = KEY_DIM < 8 ? KEY_DIM : 8, VALUE_ENTRY = VALUE_DIM < D / 16 ? VALUE_DIM : D / 16;
   static constexpr int KEY_SPREAD = KEY_DIM / KEY_ENTRY, VALUE_SPREAD = VALUE_DIM / VALUE_ENTRY;  // entries of a code
@@ -103,11 +107,13 @@ struct Shape {
   static constexpr int QUERY_BYTES = D * ROWS * 2;  // one turned query
   static constexpr int KEY_TABLE = 0, VALUE_TABLE = KEY_STAGES * KEY_SECTIONS * SECTION;
   static constexpr int PAIRS = VALUE_TABLE + VALUE_TABLES * (VALUE_SECTIONS / 2) * SECTION;
-  // The image of the tables ends; after it, whether they have arrived.
-  static constexpr int IMAGE = PAIRS + 7 * D + 16, ARRIVALS = IMAGE;
+  // The image of the tables ends; after it, whether they have arrived, and cosine and sine of a span's angles, in the
+  // order of `turn_queries`.
+  static constexpr int IMAGE = PAIRS + 7 * D + 16, ARRIVALS = IMAGE, SPAN_ANGLES = ARRIVALS + 16;
   // What a team has of its own: queries, whose place its warps' sums take.
-  static constexpr int WORK = ARRIVALS + 16, SUMS = 2 * TEAM_WARPS * ROWS * 4;
-  static constexpr int QUERIES_BYTES = 2 * AHEAD * QUERY_BYTES, SUMS_BYTES = SUMS + TEAM_WARPS * ROWS * D * 4;
+  static constexpr int WORK = SPAN_ANGLES + 4 * D, TURNED = 2 * AHEAD * QUERY_BYTES, SUMS = 2 * TEAM_WARPS * ROWS * 4;
+  static constexpr int QUERIES_BYTES = TURNED + KEEPS_TURNED * 2 * QUERY_BYTES;
+  static constexpr int SUMS_BYTES = SUMS + TEAM_WARPS * ROWS * D * 4;
   static constexpr int WORK_BYTES = QUERIES_BYTES > SUMS_BYTES ? QUERIES_BYTES : SUMS_BYTES;
   static constexpr int BYTES = WORK + TEAMS * WORK_BYTES;
 };
@@ -175,7 +181,7 @@ struct Lengths {
   }
 };
 
-// Brings the pairs to shared memory, and sends for the tables. The last time that the whole block waits: from here on
+// Brings pairs and a span's angles to shared memory, and sends for the tables. The last time that the whole block waits: from here on
 // every team waits for itself alone.
 template <class S>
 DEVICE void begin_tables(const Arguments& a, int h, uint32_t base, int thread) {
@@ -189,6 +195,13 @@ DEVICE void begin_tables(const Arguments& a, int h, uint32_t base, int thread) {
       words[3] = a.lengths ? a.lengths[2] : a.anchors;
     }
     store_shared_128(base + at, words);
+  }
+  const int pair = thread - (S::THREADS - S::D / 2);  // other warps
+  if (S::ROTATES && pair >= 0) {
+    float sine, cosine;
+    sin_cos((float)S::SPAN * a.frequency[h * (S::D / 2) + pair], sine, cosine);
+    const int eight = pair / 4, place = eight % (S::D / 32) * 16 + eight / (S::D / 32) * 4 + pair % 4;
+    store_shared_64(base + S::SPAN_ANGLES + 8 * place, as_word(cosine), as_word(sine));
   }
   copy_to_shared<S::PAIRS, S::THREADS>(base, image, base + S::ARRIVALS, thread);
 }

@@ -188,6 +188,7 @@ DEVICE void load_64(const void* p, uint32_t (&r)[2]) {
 // Asks for the line of `p` to be in the L2 cache.
 DEVICE void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
+DEVICE uint32_t as_word(float x) { return __float_as_uint(x); }
 
 DEVICE void store_shared_32(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" : : "r"(address), "r"(x) : "memory");
