@@ -321,6 +321,7 @@ inline void store_shared_64(uint32_t address, uint32_t x, uint32_t y) {
 }
 inline void store_shared_128(uint32_t address, uint32_t (&x)[4]) { memcpy(emulator::at(address, 16), x, 16); }
 inline void load_shared_128(uint32_t address, uint32_t (&r)[4]) { memcpy(r, emulator::at(address, 16), 16); }
+inline void load_shared_64(uint32_t address, uint32_t (&r)[2]) { memcpy(r, emulator::at(address, 8), 8); }
 inline uint32_t load_shared_16(uint32_t address) {
   uint16_t out;
   memcpy(&out, emulator::at(address, 2), 2);

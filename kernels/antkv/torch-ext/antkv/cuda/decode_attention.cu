@@ -21,24 +21,33 @@ DEVICE void store_state(const Team<S>& team, const float (&maximum)[2], float (&
   }
 }
 
-// Writes what the warps of a team found to part `part` of (b, h).
+// Writes what the warps of a team found to part `part` of (b, h). A thread has four neighbours of a row as they stand
+// in shared memory, so that it weighs each warp once for all of them.
 template <class S>
 DEVICE void store_partial(const Arguments& a, int64_t bh, int part, const Team<S>& team) {
   const int rows = a.group * a.q_len;
-  for (int i = team.thread; i < rows * S::D; i += S::TEAM_THREADS) {
-    const int row = i / S::D, lane_of_channel = i % 8, channel_of_lane = i % S::D / 8;
-    float peak = LOWEST, total = 0.0f, out = 0.0f;
-    for (int w = 0; w < S::TEAM_WARPS; w++)
-      peak = largest(peak, load_shared_float(team.work + (w * S::ROWS + row) * 8));
+#pragma unroll 1
+  for (uint32_t i = team.thread; i < rows * (S::D / 4); i += S::TEAM_THREADS) {
+    const uint32_t row = i / (S::D / 4), lane_of_channel = i % 2 * 4, channel_of_lane = i % (S::D / 4) / 2;
+    uint32_t state[S::TEAM_WARPS][2];
+    float peak = LOWEST, total = 0.0f, out[4] = {};
+#pragma unroll
     for (int w = 0; w < S::TEAM_WARPS; w++) {
-      const uint32_t state = team.work + (w * S::ROWS + row) * 8;
-      const float weight = exp2_fast(load_shared_float(state) - peak);
-      total += weight * load_shared_float(state + 4);
-      out += weight * load_shared_float(sum_place<S>(team.work, w, row, lane_of_channel, channel_of_lane));
+      load_shared_64(team.work + (w * S::ROWS + row) * 8, state[w]);
+      peak = largest(peak, as_float(state[w][0]));
+    }
+#pragma unroll
+    for (int w = 0; w < S::TEAM_WARPS; w++) {
+      uint32_t sum[4];
+      load_shared_128(sum_place<S>(team.work, w, row, lane_of_channel, channel_of_lane), sum);
+      const float weight = exp2_fast(as_float(state[w][0]) - peak);
+      total += weight * as_float(state[w][1]);
+      for (int k = 0; k < 4; k++) out[k] += weight * as_float(sum[k]);
     }
     const int64_t to = (bh * 2 * a.splits + part) * rows + row;
-    a.partial[to * S::D + lane_of_channel * (S::D / 8) + channel_of_lane] = out;
-    if (i % S::D == 0) {
+    float* partial = a.partial + (to * S::D + lane_of_channel * (S::D / 8) + channel_of_lane);
+    for (int k = 0; k < 4; k++) partial[k * (S::D / 8)] = out[k];
+    if (i % (S::D / 4) == 0) {
       a.partial_max[to] = total > 0.0f ? peak : minus_infinity();
       a.partial_total[to] = total;
     }

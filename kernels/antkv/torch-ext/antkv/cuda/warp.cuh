@@ -204,6 +204,9 @@ DEVICE void load_shared_128(uint32_t address, uint32_t (&r)[4]) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address)
                : "memory");
 }
+DEVICE void load_shared_64(uint32_t address, uint32_t (&r)[2]) {
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+}
 DEVICE uint32_t load_shared_32(uint32_t address) {
   uint32_t out;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out) : "r"(address) : "memory");
