@@ -271,6 +271,9 @@ def main() -> None:
     parser.add_argument("--parts", default="decode,prefill", help="decode, prefill, or encode: prefill less its scores")
     parser.add_argument("--quick", action="store_true", help="two decode shapes and one prompt only")
     parser.add_argument(
+        "--sizes", type=_size, nargs="+", metavar="BATCHxTOKENS", help="decode shapes, e.g. 16x131072 (a list of eight)"
+    )
+    parser.add_argument(
         "--bits", type=float, nargs="+", help="presets of VQSpec.for_bits (1, unless there are --specs)"
     )
     parser.add_argument("--specs", nargs="+", default=[], help="specs such as d8b8s2, or keys/values: d8b8s2/d8b8")
@@ -280,13 +283,20 @@ def main() -> None:
         sys.exit("the kernels are timed with CUDA graphs: this needs a CUDA GPU")
     bits = arguments.bits or ([] if arguments.specs else [1.0])
     specs = [*(str(VQSpec.for_bits(b)) for b in bits), *arguments.specs]
-    run(arguments.out, specs, arguments.head_dim, "cuda", arguments.quick, arguments.parts.split(","))
+    sizes = arguments.sizes or (QUICK_DECODE if arguments.quick else DECODE)
+    prompts = QUICK_PREFILL if arguments.quick else PREFILL
+    run(arguments.out, specs, arguments.head_dim, "cuda", sizes, prompts, arguments.parts.split(","))
+
+
+def _size(text: str) -> tuple[int, int]:
+    batch, n = map(int, text.split("x"))
+    return batch, n
 
 
 @torch.no_grad()
 def run(
-    out: Path, specs: Sequence[str], head_dim: int, device: str, quick: bool,
-    parts: Sequence[str] = ("decode", "prefill"),
+    out: Path, specs: Sequence[str], head_dim: int, device: str, sizes: Sequence[tuple[int, int]],
+    prompts: Sequence[int], parts: Sequence[str],
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     codecs = {spec: random_codec(spec, device=device, head_dim=head_dim) for spec in specs}
@@ -297,12 +307,12 @@ def run(
                 if not error <= TOLERANCE:
                     sys.exit(f"decode attention is wrong (more than {TOLERANCE:g}): nothing was timed")
     rows: list[dict] = []
-    for batch, n in (QUICK_DECODE if quick else DECODE) if "decode" in parts else ():
+    for batch, n in sizes if "decode" in parts else ():
         rows += decode_rows(codecs, batch, n)
         print_table(rows[-len(codecs) * len(DECODERS) - len(BACKENDS) :])
         if device == "cuda":
             torch.cuda.empty_cache()
-    for n in (QUICK_PREFILL if quick else PREFILL) if {"prefill", "encode"} & set(parts) else ():
+    for n in prompts if {"prefill", "encode"} & set(parts) else ():
         rows += prefill_rows(codecs, n, "prefill" in parts)
     print_table(rows)
     write_csv(out / "kernels.csv", rows, device)

@@ -284,6 +284,11 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
   };
   TileCodes<S> next = {};
   if (tile < last) load(tile, next);
+  wait_for_copy(team.base + S::ARRIVALS);  // the tables, which nothing above needed
+#pragma unroll
+  for (int way = 0; way < S::KEY_WAYS; way++) key_place[way] = settled(key_place[way]);
+#pragma unroll
+  for (int i = 0; i < 2 * S::VALUE_PLACES; i++) value_place[i / 2][i % 2] = settled(value_place[i / 2][i % 2]);
   // A tile's values are added while the next tile's logits are computed: neither waits for the other.
   uint32_t pending[S::VALUE_WORDS] = {}, prob[2] = {};
   for (int start = first, turns = 0; start < last; start += S::AHEAD * S::SPAN, turns++) {
@@ -291,11 +296,6 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
     const bool anew = turns % TURNS_OF_A_QUERY == 0;
     turn_queries<S>(a, b, h, start, last, offset, anew, team.work + query_offset, team);
     team.sync();  // two buffers: nobody writes one before everybody has passed the barrier after reading it
-    wait_for_copy(team.base + S::ARRIVALS);  // the tables, which nothing above needed
-#pragma unroll
-    for (int way = 0; way < S::KEY_WAYS; way++) key_place[way] = settled(key_place[way]);
-#pragma unroll
-    for (int i = 0; i < 2 * S::VALUE_PLACES; i++) value_place[i / 2][i % 2] = settled(value_place[i / 2][i % 2]);
 #pragma unroll 1
     for (int span = 0; span < S::AHEAD && tile < last; span++, tile += S::SPAN, query_offset += S::QUERY_BYTES) {
       uint32_t key[2][S::KEY_WORDS], value[S::VALUE_WORDS];
