@@ -67,7 +67,7 @@ def plot(found: list[Point], path: Path, batch: int, n: int) -> None:
     figure, axis = plt.subplots(figsize=(8, 5))
     for learned, marker in zip(STAGES.values(), "os", strict=True):
         some = [p for p in found if p.learned == learned]
-        axis.plot([p.speedup for p in some], [p.ratio for p in some], marker, label=f"shipped form, {learned}")
+        axis.plot([p.speedup for p in some], [p.ratio for p in some], marker, label=f"keys before RoPE, {learned}")
         for p in some:
             axis.annotate(p.tables, (p.speedup, p.ratio), xytext=(6, 4), textcoords="offset points", fontsize=8)
     for p in found:

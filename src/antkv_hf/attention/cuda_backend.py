@@ -11,7 +11,7 @@ from .tables import UnsupportedTables
 from .triton_backend import TritonBackend
 
 WAY_OUT = "use backend='triton' or 'auto'"
-MIN_TOKENS = 1024  # of all sequences together: fewer were not timed, and Triton's kernel needs no table images
+MIN_TOKENS = 2048  # of all sequences together: below, a captured step is not faster than with Triton's kernel
 
 
 class CudaBackend(TritonBackend):
