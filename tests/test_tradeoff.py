@@ -1,14 +1,17 @@
 """benchmarks/tradeoff.py: which rows of the two tables belong together."""
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from tradeoff import SLICE, Point, points
 
 
 def kernel(name, spec, speedup, n=131072, head_dim=64):
-    row = dict(
-        kernel=f"decode_attention {name}", batch=16, n=n, head_dim=head_dim, spec=spec, speedup_over_sdpa=speedup
-    )
-    return {k: str(v) for k, v in row.items()}
+    row = dict(kernel=f"decode_attention {name}", batch=16, n=n, head_dim=head_dim, spec=spec)
+    return {k: str(v) for k, v in (row | dict(speedup_over_sdpa=speedup)).items()}
 
 
 def test_points_take_the_kernel_in_cuda_of_one_size_and_what_was_measured_of_its_tables():
