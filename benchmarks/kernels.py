@@ -49,6 +49,7 @@ INPUT_BYTES = 150e6  # of a competitor's inputs together: three times the L2 cac
 ROUNDS = dict(rounds=5, round_ms=5.0)
 BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 DECODERS = {"Triton": decode_attention, "CUDA": cuda_decode.decode_attention}
+PARTS = ("decode", "prefill", "encode")
 DENSE = "none"  # the spec of what reads no codes
 Calls = Sequence[Callable[[], object]]
 
@@ -279,13 +280,15 @@ def main() -> None:
     parser.add_argument("--specs", nargs="+", default=[], help="specs such as d8b8s2, or keys/values: d8b8s2/d8b8")
     parser.add_argument("--head-dim", type=int, default=HEAD_DIM, help=f"channels of a head ({HEAD_DIM})")
     arguments = parser.parse_args()
+    if unknown := set(parts := arguments.parts.split(",")) - set(PARTS):
+        parser.error(f"part {sorted(unknown)[0]!r} does not exist; choose from {', '.join(PARTS)}")
     if not torch.cuda.is_available():
         sys.exit("the kernels are timed with CUDA graphs: this needs a CUDA GPU")
     bits = arguments.bits or ([] if arguments.specs else [1.0])
     specs = [*(str(VQSpec.for_bits(b)) for b in bits), *arguments.specs]
     sizes = arguments.sizes or (QUICK_DECODE if arguments.quick else DECODE)
     prompts = QUICK_PREFILL if arguments.quick else PREFILL
-    run(arguments.out, specs, arguments.head_dim, "cuda", sizes, prompts, arguments.parts.split(","))
+    run(arguments.out, specs, arguments.head_dim, "cuda", sizes, prompts, parts)
 
 
 def _size(text: str) -> tuple[int, int]:

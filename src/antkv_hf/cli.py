@@ -207,8 +207,8 @@ def calibrate(
     max_table_mb: Annotated[
         float | None,
         typer.Option(
-            help="The most that tables may take as stored (in memory some three times that). With --mixed: a limit of "
-            "the spread. With --from: the residual stages that matter least are left out."
+            help="The most that tables may take as stored (in memory three times that, some six with kernels' tables). "
+            "With --mixed: a limit of the spread. With --from: the residual stages that matter least are left out."
         ),
     ] = None,
     settings: Settings = None,

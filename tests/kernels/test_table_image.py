@@ -114,8 +114,14 @@ def test_an_image_is_made_once_for_the_same_tables():
     first = images.get(keys, values, 2)
     assert images.get(keys, values, 2) is first and images.get(KeyTables(*keys), ValueTables(*values), 2) is first
     assert images.get(keys, values, 1) is not first and len(list(images)) == 2
-    other = values._replace(centroids=values.centroids + 1)
-    assert not torch.equal(images.get(keys, other, 2), first) and len(list(images)) == 2
+    others = (
+        (keys, values._replace(centroids=values.centroids + 1)), (keys._replace(mean=keys.mean + 1), values),
+        (keys._replace(pair_scale=2 * keys.pair_scale), values),
+    )  # fmt: skip
+    for pair in others:
+        with pytest.raises(ValueError, match="images are of other tables; give each its own"):
+            images.get(*pair, 2)
+    assert images.get(keys, values, 2) is first
 
 
 def test_images_count_as_memory_of_their_codec():

@@ -97,15 +97,22 @@ class LayerCodec:
         return code_bias(query, self.key.noise, self.key.permutation, scale)
 
     def memory_bytes(self) -> int:
-        """Bytes of all tables, kernels' copies included."""
+        """Bytes of all tables, and of what kernels made of them so far; what both share counts once."""
+        own = {
+            t.untyped_storage().data_ptr()
+            for quantizer in (self.key, self.value)
+            for t in vars(quantizer).values()
+            if isinstance(t, torch.Tensor)
+        }
         kernel = {
-            id(t): t.numel() * t.element_size()
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for tables in self.kernel_tables.values()
             for table in tables
             for t in (*table, *(getattr(table, "images", None) or ()))
             if isinstance(t, torch.Tensor)
         }
-        return self.key.memory_bytes() + self.value.memory_bytes() + sum(kernel.values())
+        made = sum(size for place, size in kernel.items() if place not in own)
+        return self.key.memory_bytes() + self.value.memory_bytes() + made
 
 
 # (layer index, device, kv heads, head size of keys, of values) -> codec

@@ -31,24 +31,28 @@ class TableImages:
     """
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._made: dict[int, tuple[tuple[torch.Tensor, ...], torch.Tensor]] = {}
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (image for *_, image in self._made.values())
 
     def get(self, keys: KeyTables, values: ValueTables, value_copies: int) -> torch.Tensor:
-        """`table_image` of these tables, whose tensors must not change any more; others than before get a new one.
+        """`table_image` of these tables, whose tensors must not change any more.
 
         Raises:
-            ValueError: if it would have to be made while a CUDA graph is captured.
+            ValueError: for other tables than before, or if it would have to be made while a CUDA graph is captured.
         """
-        of_keys, of_values, image = self._made.get(value_copies, (None, None, None))
-        if image is None or of_keys is not keys.centroids or of_values is not values.centroids:
+        of = keys.centroids, keys.mean, keys.channels, keys.frequency, keys.pair_scale, values.centroids
+        made_of, image = self._made.get(value_copies, (of, None))
+        # A captured graph may read the image of those before.
+        same = all(x is y for x, y in zip(of, made_of, strict=True))
+        require(same, "these images are of other tables; give each its own: KeyTables(images=TableImages())")
+        if image is None:
             # A graph would make it at each replay, and not now.
             capturing = keys.centroids.is_cuda and torch.cuda.is_current_stream_capturing()
             require(not capturing, "a CUDA graph is being captured, but its tables were never used: warm it up first")
             image = table_image(keys, values, value_copies)
-            self._made[value_copies] = keys.centroids, values.centroids, image
+            self._made[value_copies] = of, image
         return image
 
 

@@ -51,7 +51,7 @@ class KeyTables(NamedTuple):
         noise: float32 ``(kv_heads, groups, sub_dim, sub_dim)``, latent order: covariance of what codes lose of keys
             after RoPE. Logits of coded tokens get ``scale^2 / 2 sum_g q_g . noise_g q_g``; None: nothing.
         images: keeps what `cuda_decode` makes of these tables and the values' beside them; None: it is made at each
-            call. Of these tables alone: tables with other tensors need their own.
+            call, and not while a CUDA graph is captured. Of these tables alone: others need their own.
     """
 
     codes: Codes

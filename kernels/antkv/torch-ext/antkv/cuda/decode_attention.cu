@@ -117,7 +117,7 @@ template <class S>
 DEVICE void decode(const Arguments& a, int block, int thread, uint8_t* memory) {
   const int h = block / a.blocks_per_head;
   const Team<S> team(shared_address(memory), thread);
-  begin_tables<S>(a, h, team.base, thread);
+  begin_block<S>(a, h, team.base, thread);
   const int first_item = team.number * a.blocks_per_head + block % a.blocks_per_head;  // busy teams in all blocks
 #pragma unroll 1
   for (int item = first_item; item < a.batch * a.splits; item += S::TEAMS * a.blocks_per_head) {

@@ -337,5 +337,5 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
       for (int k = 0; k < S::VALUE_WORDS; k++) pending[k] = value[k];
     }
   }
-  if (first < last) add_tile<S>(pending, value_place, prob, kept, c, sums.out);  // else nobody has waited for tables
+  if (first < last) add_tile<S>(pending, value_place, prob, kept, c, sums.out);  // of the last tile
 }

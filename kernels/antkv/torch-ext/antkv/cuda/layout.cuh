@@ -181,10 +181,10 @@ struct Lengths {
   }
 };
 
-// Brings pairs and a span's angles to shared memory, and sends for the tables. The last time that the whole block waits: from here on
-// every team waits for itself alone.
+// Brings pairs and a span's angles to shared memory, and sends for the tables. The last time that the whole block
+// waits: from here on every team waits for itself alone.
 template <class S>
-DEVICE void begin_tables(const Arguments& a, int h, uint32_t base, int thread) {
+DEVICE void begin_block(const Arguments& a, int h, uint32_t base, int thread) {
   const uint8_t* image = a.tables + h * (int64_t)S::IMAGE;
   const int at = S::PAIRS + 16 * (thread - 32);  // the first warp has the copies to begin
   if (at >= S::PAIRS && at < S::IMAGE) {
