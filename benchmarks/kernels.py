@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from antkv import cuda_decode
+from antkv import cuda_decode, cuda_shape
 from antkv.anchor_score import column_statistic, query_moment
 from antkv.decode_attention import decode_attention
 from antkv.dequantize import dequantize
@@ -62,7 +62,7 @@ def decoders(codec: LayerCodec) -> dict[str, Callable]:
     if obstacle is None:
         memory = cuda_decode.shared_memory(device)
         try:
-            cuda_decode.find_shape(*layer_tables(codec, DTYPE), Q_HEADS // KV_HEADS, False, memory)
+            cuda_shape.find_shape(*layer_tables(codec, DTYPE), Q_HEADS // KV_HEADS, False, memory)
         except ValueError as error:
             obstacle = str(error)
     if obstacle is not None:

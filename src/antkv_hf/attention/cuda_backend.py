@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from antkv import cuda_decode
+from antkv import cuda_decode, cuda_shape
 
 from ..codecs import LayerCodec
 from .backends import CALLS
@@ -30,9 +30,9 @@ class CudaBackend(TritonBackend):
         super().__init__(codec, dtype)
         if dtype not in cuda_decode.SIXTEEN_BITS:
             raise UnsupportedTables(f"a {dtype} model has no CUDA kernel: float16 and bfloat16 ones have; {WAY_OUT}")
-        memory, most = cuda_decode.shared_memory(self.key_tables.mean.device), cuda_decode.MAX_ROWS
+        memory, most = cuda_decode.shared_memory(self.key_tables.mean.device), cuda_shape.MAX_ROWS
         try:  # as many rows as take the most memory, so that no step is refused later
-            cuda_decode.find_shape(self.key_tables, self.value_tables, most, softcap=False, shared_memory=memory)
+            cuda_shape.find_shape(self.key_tables, self.value_tables, most, softcap=False, shared_memory=memory)
         except ValueError as error:
             raise UnsupportedTables(f"{error}; {WAY_OUT}") from error
 

@@ -99,7 +99,7 @@ def fastest_kernels(codec: LayerCodec, group: int, memory: int | None = None) ->
     kernel in CUDA C++ needs there (None: it has none, or none that an H100 has room for)."""
     if importlib.util.find_spec("triton") is None:
         return "unknown: Triton is not installed", None
-    from antkv.cuda_decode import SHARED_MEMORY, find_shape, shared_bytes
+    from antkv.cuda_shape import SHARED_MEMORY, find_shape, shared_bytes
 
     from ..attention.tables import UnsupportedTables, layer_tables
 

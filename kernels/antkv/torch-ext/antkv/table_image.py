@@ -60,7 +60,7 @@ def table_image(keys: KeyTables, values: ValueTables, value_copies: int) -> torc
     """What a block's shared memory begins with, uint8 ``(kv_heads, image_bytes(...))``, on the tables' device.
 
     Args:
-        keys, values: float16 tables of 8-bit codes for which `cuda_decode.check_tables` finds a kernel.
+        keys, values: float16 tables of 8-bit codes for which `cuda_shape.check_tables` finds a kernel.
         value_copies: 2 if the last stage of values has a second copy (of an odd number of stages), else 1.
     """
     parts = [_key_tables(keys), *_value_tables(values, value_copies), *_pairs(keys)]
