@@ -113,6 +113,9 @@ def test_inspect_says_what_each_layer_has(book, tmp_path):
     assert found["bits"]["keys"] == 1.1667
     text = format_inspection(found)
     assert "keys        by layer, 1.1667 bits" in text and "layer 2: keys d4b8" in text
+    rows = [{**found["layer_tables"][layer == 3], "layer": layer} for layer in range(7)]
+    lines = [line for line in format_inspection({**found, "layer_tables": rows}).splitlines() if ": keys d" in line]
+    assert [line.split(":")[0].strip() for line in lines] == ["layers 0-2, 4-6, each", "layer 3"]
     # head size 16: codes 4 + 2 and 2 x 2 bytes ...; what anchors and bitmap add is the same for every spec
     codes = 8 * (1 + 1 + 2 + 2 + 4 + 2) / (3 * 32)
     assert found["bits"]["with_anchors"] == pytest.approx(codes + 8 * (1 / 8 + (32 + 8) / 16) / 32, abs=1e-3)

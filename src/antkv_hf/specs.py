@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -246,6 +246,17 @@ def parse_layer_bits(text: str, scalar: bool = False, group: int | None = None) 
                 raise ValueError(f"layer {layer} is named twice in the layer bits {text!r}: name it once")
             found[layer] = key, value
     return found
+
+
+def name_runs(layers: Sequence[int]) -> str:
+    """Sorted numbers, neighbours as a range: ``"0-5, 7"``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1][1:] = [layer]
+        else:
+            runs.append([layer])
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def describe_layers(specs: Mapping[int, SpecPair]) -> str:

@@ -17,6 +17,7 @@ from ..codebook import AnTKVCodebook, describe_model
 from ..codebook_card import measured_table, summary
 from ..codecs import LayerCodec
 from ..config import BITS_TO_SPEC, OTT, SCALAR_BITS, AnTKVConfig
+from ..specs import name_runs
 
 _KINDS = {  # buffer of a saved layer -> name in `MemoryFootprint`
     "key_codes": "codes", "value_codes": "codes", "tail_keys": "window", "tail_values": "window",
@@ -252,7 +253,7 @@ def format_inspection(found: dict[str, Any]) -> str:
         f"  anchors     {anchors['fraction']:.1%} {anchors['dtype']} by {anchors['score']}, {anchors['sinks']} sinks",
         f"  in all      about {bits['with_anchors']:g} bits an element, past the exact window of {config['window']}",
         f"  tables      {found['table_bytes']:,} bytes as stored",
-        *(f"              {line}" for line in _runs_of_layers(found["layer_tables"], found["gpu_shared_memory"])),
+        *(f"              {line}" for line in _layers_alike(found["layer_tables"], found["gpu_shared_memory"])),
         "  backend     " + ", ".join(f"{device}: {name}" for device, name in found["backends"].items()),
     ]
     if config["skip_layers"]:
@@ -267,8 +268,8 @@ def format_inspection(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _runs_of_layers(rows: list[dict[str, Any]], memory: int | None) -> list[str]:
-    """One line for each run of neighbouring layers with the same specs, bases and bytes; `memory`: of the local GPU."""
+def _layers_alike(rows: list[dict[str, Any]], memory: int | None) -> list[str]:
+    """One line for all layers with the same specs, bases and bytes; `memory`: of the local GPU."""
 
     def kernels(row: dict[str, Any]) -> str:
         if "kernels" not in row:
@@ -281,20 +282,19 @@ def _runs_of_layers(rows: list[dict[str, Any]], memory: int | None) -> list[str]
             return f"{text} (on GPUs with {needed})"
         return text if row["kernels"] == "cuda" else f"{text} (cuda needs {needed}; this GPU has {memory // 1024})"
 
-    lines, first = [], 0
-    for i, row in enumerate(rows):
-        following = rows[i + 1] if i + 1 < len(rows) else {}
-        if following.get("layer") == row["layer"] + 1 and {**following, "layer": 0} == {**row, "layer": 0}:
-            continue
-        start, last = rows[first]["layer"], row["layer"]
+    alike: dict[tuple, list[int]] = {}
+    for row in rows:
+        alike.setdefault(tuple({**row, "layer": 0}.items()), []).append(row["layer"])
+    lines = []
+    for items, layers in alike.items():
+        row = dict(items)
         lines.append(
-            (f"layer {last}" if start == last else f"layers {start}-{last}, each")
+            (f"layer {layers[0]}" if len(layers) == 1 else f"layers {name_runs(layers)}, each")
             + f": keys {row['key_spec']} in a {row['key_basis']} basis"
             + (" with a bias for what codes lose" if row["key_noise"] else "")
             + f", values {row['value_spec']} in a "
             f"{row['value_basis']} basis, {row['table_bytes']:,} bytes" + kernels(row)
         )
-        first = i + 1
     return lines
 
 
