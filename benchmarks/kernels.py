@@ -1,7 +1,7 @@
 """Times of the kernels on one layer of Llama-3-8B's shape, side by side with PyTorch's attention. Needs a CUDA GPU.
 
-    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/kernels.py --out FOLDER [--parts encode] [--bits 1 2 0.5]
-        [--specs d8b8s2/d8b8 d32b8] [--head-dim 64]
+    PYTHONPATH=src:kernels/antkv/torch-ext python benchmarks/kernels.py --out FOLDER [--parts decode] [--bits 1 2 0.5]
+        [--specs d8b8s2/d8b8 d32b8] [--head-dim 64] [--sizes 16x131072]
 
 Writes FOLDER/kernels.csv and, where matplotlib is installed, FOLDER/kernels.png; `benchmarks/README.md` explains the
 columns. Decode attention is compared with the reference first; nothing is timed if it differs.

@@ -9,12 +9,12 @@ Joins rows of kernels.py (heads of 64, which are SmolLM2's) with those of qualit
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from results import print_table, read_csv
+from rivals.report import pyplot, save
 
 MODEL, HEAD_DIM = "SmolLM2-135M-Instruct", "64"
 SLICE = dict(model=MODEL, protocol="S128", text="wikitext2", windows="12", window="2048")
@@ -57,13 +57,8 @@ def points(kernels: list[dict], quality: list[dict], batch: int, n: int) -> list
     ]
 
 
-def plot(found: list[Point], path: Path, batch: int, n: int) -> None:
-    """Right and down is better."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def plot(plt, found: list[Point], path: Path, batch: int, n: int) -> None:
+    """Right and down is better. `plt`: matplotlib's pyplot."""
     figure, axis = plt.subplots(figsize=(8, 5))
     for learned, marker in zip(STAGES.values(), "os", strict=True):
         some = [p for p in found if p.learned == learned]
@@ -83,8 +78,7 @@ def plot(found: list[Point], path: Path, batch: int, n: int) -> None:
     )
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def main() -> None:
@@ -99,11 +93,9 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"{arguments.kernels}: {error}")
     print_table([p._asdict() for p in found])
-    if importlib.util.find_spec("matplotlib"):
+    if plt := pyplot():
         arguments.out.mkdir(parents=True, exist_ok=True)
-        plot(found, arguments.out / "tradeoff.png", *arguments.size)
-    else:
-        print("matplotlib is not installed: the plot was left out")
+        plot(plt, found, arguments.out / "tradeoff.png", *arguments.size)
 
 
 if __name__ == "__main__":
