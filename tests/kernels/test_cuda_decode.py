@@ -129,7 +129,7 @@ def test_emulated_block_equals_the_reference(case, emulated):
     shape = find_shape(*tables(past), rows, options["softcap"] is not None)
     library = emulated(shape)
     assert library.arguments_bytes() == ctypes.sizeof(Arguments)
-    assert library.shared_bytes() == shared_bytes(shape) <= SHARED_MEMORY
+    assert library.shared_bytes() == shared_bytes(shape) <= SHARED_MEMORY and library.tiles() == shape.tiles
     tail = snapshot.tail_keys, snapshot.tail_values
     out, lse = emulate(library, shape, query, past, tail, splits=2, **options)
     least, wavefronts = gathers(library)
@@ -150,7 +150,7 @@ def test_teams_of_a_block_take_shares_of_their_own(case, splits, blocks, emulate
     shape = one.in_teams
     assert one.teams == 1 and shape.teams == one.warps // 4 > 1 and shape.span == 64
     library = emulated(shape)
-    assert library.shared_bytes() == shared_bytes(shape) <= shared_bytes(one)
+    assert library.shared_bytes() == shared_bytes(shape) <= shared_bytes(one) and library.tiles() == shape.tiles
     out, lse = emulate(library, shape, query, past, tail, splits=splits, blocks=blocks, **options)
     assert_near(out, expected, 2e-3)
     assert_near(lse, expected_lse, 2e-3)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from antkv import cuda_decode
 from antkv.decode_attention import decode_attention
 from antkv.static_step import add_column_statistic, add_query_moment, append_token
 from builders import assert_near, quantized_past, random_codec, random_snapshot, rotary_of
@@ -16,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate, graphs
 from antkv_hf.anchors import get_score
-from antkv_hf.attention import beside
+from antkv_hf.attention import beside, cuda_backend
 from antkv_hf.attention.attend import attend
 from antkv_hf.attention.backends import CALLS, make_backend
 from antkv_hf.attention.reference_backend import REFERENCE
@@ -231,16 +232,19 @@ def test_append_refuses_what_does_not_fit():
         append_token(new, new, keys, keys, lengths.long())
 
 
-def kernel_model(device: str = "cpu", layers: int = 1, heads: int = 1, backend: str = "triton"):
+def kernel_model(
+    device: str = "cpu", layers: int = 1, heads: int = 1, backend: str = "triton", dim: int = 32,
+    dtype: torch.dtype = torch.float32,
+):  # fmt: skip
     """A tiny Llama with a codebook that the kernels read."""
     model = tiny_llama(
-        num_hidden_layers=layers, num_attention_heads=2 * heads, num_key_value_heads=heads, head_dim=32
-    ).to(device)  # fmt: skip
+        num_hidden_layers=layers, num_attention_heads=2 * heads, num_key_value_heads=heads, head_dim=dim
+    ).to(device, dtype)  # fmt: skip
     spec = VQSpec(8, 8)
     config = AnTKVConfig(spec, spec, AnchorConfig(fraction=0.13, sinks=2), window=4, chunk=8, backend=backend)
-    rotary = rotary_of("half", 32)
+    rotary = rotary_of("half", dim)
     tables = {
-        i: (pair_tables(spec, heads, 32, rotary, i), random_tables(spec, heads, 32, dense=True, seed=i + 9))
+        i: (pair_tables(spec, heads, dim, rotary, i), random_tables(spec, heads, dim, dense=True, seed=i + 9))
         for i in range(layers)
     }
     return model, AnTKVCodebook(config, tables, describe_model(model.config, "test/model"))
@@ -327,6 +331,33 @@ def test_cuda_graphs_write_the_same_tokens(lane, case, monkeypatch):
     assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
     # A warm-up and a capture in each layer for each plan: of up to 32 coded tokens and of up to 128.
     assert CALLS["triton.decode_attention"] == 2 * 2 * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_cuda_graphs_capture_the_kernel_in_cuda(dim, batch, monkeypatch):
+    """Captured steps in CUDA C++, in whole blocks and in teams, against the same steps that are not captured."""
+    obstacle = cuda_decode.obstacle(torch.device("cuda"))
+    if obstacle:
+        pytest.skip(obstacle)
+    monkeypatch.setattr(cuda_backend, "MIN_TOKENS", 0)
+    monkeypatch.setattr(graphs, "FIRST_BUCKET", 32)
+    model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto", dim=dim, dtype=torch.float16)
+    ids = torch.randint(3, 128, (batch, 30), generator=torch.Generator().manual_seed(0)).cuda()
+    written, answered = [], []
+    for replayed in (False, True):
+        CALLS.clear()
+        cache = AnTKVCache(model.config, codebook=codebook, max_length=120)
+        logits = model.generate(
+            ids, past_key_values=cache, max_new_tokens=80, min_new_tokens=80, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, custom_generate=antkv_generate(cuda_graphs=replayed),
+        ).logits  # fmt: skip
+        written.append(torch.stack(logits))
+        answered.append({name: calls for name, calls in CALLS.items() if name.endswith("decode_attention")})
+    assert_near(written[1], written[0], 1e-6)
+    # A warm-up and a capture in each layer for each plan: of up to 32 coded tokens and of up to 128.
+    assert answered == [{"cuda.decode_attention": 2 * 79}, {"cuda.decode_attention": 2 * 2 * 2}]
 
 
 @pytest.mark.gpu

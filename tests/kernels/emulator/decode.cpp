@@ -19,6 +19,7 @@ static int block;
 static void one_thread(int thread) { decode<KernelShape>(*arguments, block, thread, emulator::shared); }
 
 extern "C" int shared_bytes() { return KernelShape::BYTES; }
+extern "C" int tiles() { return KernelShape::TILES; }
 extern "C" int arguments_bytes() { return sizeof(Arguments); }
 extern "C" void counters(long* least, long* wavefronts) {
   *least = emulator::least;

@@ -50,6 +50,20 @@ class Shape(NamedTuple):
         return 16 * self.warps // self.teams
 
     @property
+    def ahead(self) -> int:
+        """Spans whose queries a team turns at a time: `Shape::AHEAD` of layout.cuh."""
+        return 16 // self.row_groups // self.teams - (self.teams > 1)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 tokens that a warp has under way together from sm_90 on: `Shape::TILES` of layout.cuh."""
+        if self.head_dim == 64:
+            fits = min(self.key_dim, self.value_dim) > 2 and max(self.key_stages, self.value_stages) < 3
+        else:
+            fits = self.key_dim > 4 and self.value_dim > 2 and self.key_stages == self.value_stages == 1
+        return 2 if fits and self.ahead % 2 == 0 else 1
+
+    @property
     def in_teams(self) -> Shape:
         """The same kernel for a batch large enough that each team of four warps has sequences of its own."""
         return self._replace(teams=self.warps // TEAM_WARPS)
@@ -116,6 +130,7 @@ def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> t
     A team takes ``batch * splits / (blocks * teams)`` shares, one after the other. The most loaded one decides, so
     splits are chosen for the least of its tokens, with what a share costs by itself. A span of one of several teams
     takes as long as one of a whole block: all teams are at work. Several need sequences for each block to choose from.
+    A warp that takes two tiles together takes as long for one.
     """
     blocks = max(1, processors // heads)
     several = shape.in_teams
@@ -127,7 +142,8 @@ def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> t
         for splits in range(1, min(blocks, max(spans, 1), MAX_SPLITS) + 1):
             if form is several and batch * splits < takers:
                 continue  # some would have nothing to do
-            cost = -(-batch * splits // takers) * (-(-spans // splits) + overhead)
+            share = -(-spans // (splits * form.tiles)) * form.tiles
+            cost = -(-batch * splits // takers) * (share + overhead)
             if cost < cheapest[0]:
                 cheapest = cost, form, splits
     _, form, splits = cheapest
@@ -138,6 +154,6 @@ def shared_bytes(shape: Shape) -> int:
     """`Shape::BYTES` of layout.cuh: shared memory of a block."""
     dim, rows, warps = shape.head_dim, 4 * shape.row_groups, shape.warps
     tables = image_bytes(dim, shape.key_stages, shape.value_stages, shape.value_copies) + 16 + 4 * dim
-    queries = 2 * (16 // shape.row_groups // shape.teams) * dim * rows * 2
+    queries = 2 * (shape.ahead + (shape.teams > 1)) * dim * rows * 2
     team_warps = warps // shape.teams
     return tables + shape.teams * max(queries, 2 * team_warps * rows * 4 + team_warps * rows * dim * 4)

@@ -8,11 +8,12 @@ DEVICE uint32_t sum_place(uint32_t work, int warp, int row, int lane_of_channel,
   return work + S::SUMS + ((warp * S::ROWS + row) * S::D + channel_of_lane * 8 + lane_of_channel) * 4;
 }
 
-// Puts the maxima and totals of a warp's rows to where `store_partial` reads them; `total` is of a lane's tokens.
-template <class S>
+// Puts the maxima and totals of a warp's rows to where `store_partial` reads them; `total` is of a lane's tokens. The
+// lanes of a row are FIRST_LANE, twice FIRST_LANE, ... apart.
+template <class S, int FIRST_LANE>
 DEVICE void store_state(const Team<S>& team, const float (&maximum)[2], float (&total)[2]) {
   for (int k = 0; k < 2; k++) {
-    for (int lanes = 4; lanes < 32; lanes *= 2) total[k] += shuffle_xor(total[k], lanes);
+    for (int lanes = FIRST_LANE; lanes < 32; lanes *= 2) total[k] += shuffle_xor(total[k], lanes);
     const uint32_t state = team.work + (team.warp() * S::ROWS + 2 * team.lane() + k) * 8;
     if (2 * team.lane() < S::ROWS) {
       store_shared_float(state, maximum[k]);
@@ -61,7 +62,7 @@ DEVICE void sum_codes(const Arguments& a, int b, int h, int first, int last, con
   CodeSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
   attend_codes<S>(a, b, h, first, last, team, sums);
   team.sync();  // queries were read: their place is free
-  store_state<S>(team, sums.maximum, sums.total);
+  store_state<S, S::GROUPS == 1 ? 2 : 4>(team, sums.maximum, sums.total);
   constexpr int WORDS = S::VALUE_ENTRY / 2;
 #pragma unroll
   for (int i = 0; i < S::D / 32 * S::GROUPS; i++)
@@ -104,7 +105,7 @@ DEVICE void sum_exact(const Arguments& a, int b, int h, int split, const Lengths
                            neighbours, team, sums);
   }
   team.sync();  // queries were read
-  store_state<S>(team, sums.maximum, sums.total);
+  store_state<S, 4>(team, sums.maximum, sums.total);
 #pragma unroll
   for (int i = 0; i < S::D / 16; i++)
 #pragma unroll

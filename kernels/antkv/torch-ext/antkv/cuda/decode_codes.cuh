@@ -7,7 +7,8 @@
 // - Keys: the four lanes of a token have different entries; tokens that are served together take their entries in
 //   another order each: in step w token r reads entry w ^ r. What that puts out of order within 8 channels is exchanged
 //   between registers. The last bit, which exchanges 8 channels with 8 others, costs nothing: up to four query rows fill
-//   half of a product's columns, and the other half has the query's channels in that order.
+//   half of a product's columns, and the other half has the query's channels in that order. Of a lane's two tokens one
+//   is in the order of its columns; the lane two further has the other's logits, and they exchange probabilities.
 // - Values: products have channels as rows and query rows as columns; a lane reads its entries for four tokens. Of the
 //   four lanes that share entries two read a second copy, and two read the entries of a pair in the other order: with
 //   up to four query rows the other half of the columns is for those, with more they are exchanged.
@@ -123,19 +124,23 @@ DEVICE void gather_key(const uint32_t (&codes)[S::KEY_WORDS], const uint32_t (&p
   }
 }
 
-// Tokens g and g + 8 of the warp's tile and two columns each: ``logits[2 i + k]`` for token g + 8 i.
+// Adds the logits of tokens g and g + 8 of the warp's tile, two columns each: ``logits[2 i + k]`` for token g + 8 i. With
+// up to four query rows token g + 8 takes the 8 channels of a step that token g has in the other one.
 template <class S, int SECTION_>
 DEVICE void section_logits(const uint32_t (&codes)[2][S::KEY_WORDS], const uint32_t (&place)[S::KEY_WAYS],
                            const uint32_t (&angles)[2][2][4], const uint32_t (&query_place)[2], uint32_t query_offset,
-                           int g, float (&sums)[2][4]) {
-  uint32_t key[2][2][4];  // [8 channels][token][words]
+                           int g, float (&logits)[4]) {
+  constexpr int FLIP = S::GROUPS == 1;
+  uint32_t key[2][2][4];  // [step][token][words]
+  gather_key<S, SECTION_, 0>(codes[0], place, key[0][0]);
+  gather_key<S, SECTION_, 1>(codes[0], place, key[1][0]);
+  gather_key<S, SECTION_, FLIP>(codes[1], place, key[0][1]);
+  gather_key<S, SECTION_, 1 - FLIP>(codes[1], place, key[1][1]);
 #pragma unroll
   for (int token = 0; token < 2; token++) {
-    gather_key<S, SECTION_, 0>(codes[token], place, key[0][token]);
-    gather_key<S, SECTION_, 1>(codes[token], place, key[1][token]);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      uint32_t(&k)[4] = key[half][token];
+    for (int step = 0; step < 2; step++) {
+      uint32_t(&k)[4] = key[step][token];
       if (S::KEY_ENTRY == 4) exchange(g & 1, k[0], k[2]), exchange(g & 1, k[1], k[3]);
       if (S::KEY_ENTRY == 2) {
         exchange(g & 1, k[0], k[1]), exchange(g & 1, k[2], k[3]);
@@ -147,18 +152,18 @@ DEVICE void section_logits(const uint32_t (&codes)[2][S::KEY_WORDS], const uint3
       for (int i = 0; i < 4; i++) exchange(g & (S::KEY_WAYS / 2), key[0][token][i], key[1][token][i]);
   }
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
+  for (int step = 0; step < 2; step++) {
     uint32_t query[4];
-    load_shared_128(query_place[half] + query_offset + SECTION_ * (2 * S::ROWS * 64), query);
-    uint32_t(&k)[2][4] = key[half];
+    load_shared_128(query_place[step] + query_offset + SECTION_ * (2 * S::ROWS * 64), query);
+    uint32_t(&k)[2][4] = key[step];
     if (S::ROTATES)
 #pragma unroll
       for (int token = 0; token < 2; token++)
 #pragma unroll
         for (int i = 0; i < 4; i += 2)
-          turn(k[token][i], k[token][i + 1], angles[half][token][i], angles[half][token][i + 1]);
-    multiply_add(sums[half], k[0][0], k[1][0], k[0][1], k[1][1], query[0], query[1]);
-    multiply_add(sums[half], k[0][2], k[1][2], k[0][3], k[1][3], query[2], query[3]);
+          turn(k[token][i], k[token][i + 1], angles[step][token][i], angles[step][token][i + 1]);
+    multiply_add(logits, k[0][0], k[1][0], k[0][1], k[1][1], query[0], query[1]);
+    multiply_add(logits, k[0][2], k[1][2], k[0][3], k[1][3], query[2], query[3]);
   }
 }
 
@@ -219,6 +224,21 @@ DEVICE void add_tile(const uint32_t (&codes)[S::VALUE_WORDS], const uint32_t (&p
   if constexpr (S::VALUE_STEPS > 3) add_values<S, 3>(codes, place, prob, kept, c, out);
 }
 
+// From a lane's probabilities, of one token of two columns or with more than four rows of two tokens, to those of its
+// values: tokens 2c + 8k and the next, column g.
+template <class S>
+DEVICE void spread_probabilities(const float (&p)[S::CHOSEN], bool second, uint32_t (&prob)[2]) {
+  uint32_t of_token[2] = {pack_half2(p[0], p[1])};
+  if constexpr (S::GROUPS == 1) {
+    const uint32_t mine = of_token[0], other = as_word(shuffle_xor(as_float(mine), 2));
+    of_token[0] = second ? other : mine, of_token[1] = second ? mine : other;
+  } else {
+    of_token[1] = pack_half2(p[2], p[3]);
+  }
+#pragma unroll
+  for (int k = 0; k < 2; k++) prob[k] = transpose_matrix(of_token[k]);
+}
+
 // Adds the coded tokens first..last-1 of (b, h); `first` is a multiple of 16. All warps of the team take part.
 template <class S>
 DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, const Team<S>& team,
@@ -229,15 +249,17 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
   const int offset = (int)a.offset[b];
   const int lowest = a.hides_padding ? offset : 0;
   const int key_order = g % S::KEY_WAYS, other_half = S::GROUPS == 1 ? key_order / (S::KEY_WAYS / 2) : 0;
+  const bool second = S::GROUPS == 1 && c / 2 != other_half;  // which token's logits are in the columns' order
 
   // Cosines and sines of the keys' pairs of rows g and g + 8, for the channels that the lane holds in each step.
   uint32_t angles[S::KEY_SECTIONS][2][2][4];
   if (S::ROTATES) {
 #pragma unroll
-    for (int i = 0; i < S::KEY_SECTIONS * 2; i++) {
-      const int pair = h * (S::D / 2) + (c * (S::D / 32) + (i ^ other_half)) * 4;
+    for (int i = 0; i < S::KEY_SECTIONS * 2; i++)
 #pragma unroll
-      for (int token = 0; token < 2; token++)
+      for (int token = 0; token < 2; token++) {
+        const int half = i ^ other_half ^ (S::GROUPS == 1 ? token : 0);
+        const int pair = h * (S::D / 2) + (c * (S::D / 32) + half) * 4;
 #pragma unroll
         for (int two = 0; two < 2; two++) {
           float sine[2], cosine[2];
@@ -247,7 +269,7 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
           angles[i / 2][i % 2][token][two * 2] = pack_half2(cosine[0], cosine[1]);
           angles[i / 2][i % 2][token][two * 2 + 1] = pack_half2(sine[0], sine[1]);
         }
-    }
+      }
   }
   uint32_t key_place[S::KEY_WAYS], value_place[S::VALUE_PLACES][2], query_place[2];
 #pragma unroll
@@ -265,77 +287,76 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
     const int of_column = S::GROUPS == 1 ? g / 4 : 0;  // with up to four rows: which of the two orders it has
     query_place[k] = team.work + ((k ^ of_column) * S::ROWS + g % S::ROWS) * 64 + c * 16;
   }
-  const bool right_column = S::GROUPS == 2 || c / 2 == other_half;
   const bool kept = g / 4 == (c & 1);
 
   int tile = first + warp * 16;
-  // The same for all threads, and so in registers that they share; what a lane adds fits 32 bits.
-  const uint8_t* key_codes = a.key_codes + bh * a.capacity * S::Key::WIDTH;
-  const uint8_t* value_codes = a.value_codes + bh * a.capacity * S::Value::WIDTH;
-  const uint8_t* bits = a.exact_bits + bh * a.bits_width;
-  const int key_window = window_of<typename S::Key>(key_byte<S>(g, c, 0));
-  const int to_second = window_of<typename S::Key>(key_byte<S>(g, c, 1)) - key_window;
-  const uint32_t key_lane = g * S::Key::WIDTH + key_window;
-  const uint32_t value_lane = 2 * c * S::Value::WIDTH + window_of<typename S::Value>(value_byte<S>(g));
-  const auto load = [&](int from, TileCodes<S>& codes) {
-    load_tile<S>(key_codes + ((uint32_t)from * S::Key::WIDTH + key_lane), to_second,
-                 value_codes + ((uint32_t)from * S::Value::WIDTH + value_lane), bits + (uint32_t)from / 8,
-                 a.capacity - from, g, c, codes);
-  };
-  TileCodes<S> next = {};
-  if (tile < last) load(tile, next);
+  NextTiles<S> next(a, bh, tile, g, c, second);
+  if (tile < last) next.load(a.capacity - tile, g, c, second);
   wait_for_copy(team.base + S::ARRIVALS);  // the tables, which nothing above needed
 #pragma unroll
   for (int way = 0; way < S::KEY_WAYS; way++) key_place[way] = settled(key_place[way]);
 #pragma unroll
   for (int i = 0; i < 2 * S::VALUE_PLACES; i++) value_place[i / 2][i % 2] = settled(value_place[i / 2][i % 2]);
-  // A tile's values are added while the next tile's logits are computed: neither waits for the other.
-  uint32_t pending[S::VALUE_WORDS] = {}, prob[2] = {};
+  constexpr int TILES = S::TILES;
   for (int start = first, turns = 0; start < last; start += S::AHEAD * S::SPAN, turns++) {
     uint32_t query_offset = S::AHEAD * S::QUERY_BYTES * (turns % 2);
     const bool anew = turns % TURNS_OF_A_QUERY == 0;
     turn_queries<S>(a, b, h, start, last, offset, anew, team.work + query_offset, team);
     team.sync();  // two buffers: nobody writes one before everybody has passed the barrier after reading it
 #pragma unroll 1
-    for (int span = 0; span < S::AHEAD && tile < last; span++, tile += S::SPAN, query_offset += S::QUERY_BYTES) {
-      uint32_t key[2][S::KEY_WORDS], value[S::VALUE_WORDS];
-      for (int i = 0; i < 2; i++) order_key<S>(next.key[i], g, c, key[i]);
-      order_values<S>(next.value, g, c, value);
-      const uint32_t hidden[2] = {next.hidden[0] >> g & 1u, next.hidden[1] >> g & 1u};
-      load(tile + S::SPAN < last ? tile + S::SPAN : tile, next);  // the last tile again: loads wait for no branch
+    for (int span = 0; span < S::AHEAD && tile < last; span += TILES, tile += TILES * S::SPAN) {
+      uint32_t key[TILES][2][S::KEY_WORDS], value[TILES][S::VALUE_WORDS], hidden[TILES][S::GROUPS];
+#pragma unroll
+      for (int i = 0; i < TILES; i++) {
+        for (int k = 0; k < 2; k++) order_key<S>(next.tile[i].key[k], g, c, key[i][k]);
+        order_values<S>(next.tile[i].value, g, c, value[i]);
+        for (int k = 0; k < S::GROUPS; k++) hidden[i][k] = next.tile[i].hidden[k];
+      }
+      next.load(a.capacity - (tile + TILES * S::SPAN), g, c, second);
 
-      float part[2][4] = {}, logits[4];
-      section_logits<S, 0>(key, key_place, angles[0], query_place, query_offset, g, part);
+      float logits[TILES][4] = {}, chosen[TILES][S::CHOSEN];
+#pragma unroll
+      for (int i = 0; i < TILES; i++)
+        section_logits<S, 0>(key[i], key_place, angles[0], query_place, query_offset + i * S::QUERY_BYTES, g,
+                             logits[i]);
       if constexpr (S::KEY_SECTIONS > 1)
-        section_logits<S, 1>(key, key_place, angles[1], query_place, query_offset, g, part);
-      add_tile<S>(pending, value_place, prob, kept, c, sums.out);
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        logits[k] = part[0][k] + part[1][k];
-        if (S::GROUPS == 1) {
-          const float other = shuffle_xor(logits[k], 2);
-          logits[k] = right_column ? logits[k] : other;
+        for (int i = 0; i < TILES; i++)
+          section_logits<S, 1>(key[i], key_place, angles[1], query_place, query_offset + i * S::QUERY_BYTES, g,
+                               logits[i]);
+      query_offset += TILES * S::QUERY_BYTES;
+#pragma unroll
+      for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int k = 0; k < S::CHOSEN; k += 2) {
+          const int token = g + (S::GROUPS == 1 && second ? 8 : k / 2 * 8), position = tile + i * S::SPAN + token;
+          const bool seen = position < last && position >= lowest && !(hidden[i][k / 2] >> g & 1u);
+          for (int j = k; j < k + 2; j++) {
+            float logit = S::GROUPS == 1 && second ? logits[i][j + 2] : logits[i][j];
+            if (S::SOFTCAP) logit = a.softcap_log2 * tanh_of(logit / a.softcap_log2);
+            chosen[i][j] = seen ? logit : minus_infinity();
+          }
         }
-        if (S::SOFTCAP) logits[k] = a.softcap_log2 * tanh_of(logits[k] / a.softcap_log2);
-      }
-      // Softmax: tokens g and g + 8, the query rows of two columns. The maximum is raised only when it must be.
-#pragma unroll
+      // Softmax of the query rows of two columns. The maximum is raised only when it must be.
+      float peak[2];
       for (int k = 0; k < 2; k++) {
-        const int position = tile + g + 8 * k;
-        if (position >= last || position < lowest || hidden[k]) logits[2 * k] = logits[2 * k + 1] = minus_infinity();
+        peak[k] = chosen[0][k];
+        for (int i = 1; i < TILES * S::GROUPS; i++)
+          peak[k] = largest(peak[k], chosen[i / S::GROUPS][i % S::GROUPS * 2 + k]);
       }
-      raise_maximum<S::D / 32 * S::GROUPS>(logits, sums.maximum, sums.total, sums.out);
-      float p[4];
+      raise_maximum<S::GROUPS == 1 ? 2 : 4>(peak, sums.maximum, sums.total, sums.out);
 #pragma unroll
-      for (int k = 0; k < 4; k++) p[k] = exp2_fast(logits[k] - sums.maximum[k % 2]);
+      for (int i = 0; i < TILES; i++) {
+        float p[S::CHOSEN];
 #pragma unroll
-      for (int k = 0; k < 2; k++) {
-        sums.total[k] += p[k] + p[2 + k];
-        prob[k] = transpose_matrix(pack_half2(p[2 * k], p[2 * k + 1]));  // of tokens 2c + 8k and the next
+        for (int k = 0; k < S::CHOSEN; k++) {
+          p[k] = exp2_fast(chosen[i][k] - sums.maximum[k % 2]);
+          sums.total[k % 2] += p[k];
+        }
+        uint32_t prob[2];
+        spread_probabilities<S>(p, second, prob);
+        add_tile<S>(value[i], value_place, prob, kept, c, sums.out);
       }
-#pragma unroll
-      for (int k = 0; k < S::VALUE_WORDS; k++) pending[k] = value[k];
     }
   }
-  if (first < last) add_tile<S>(pending, value_place, prob, kept, c, sums.out);  // of the last tile
 }

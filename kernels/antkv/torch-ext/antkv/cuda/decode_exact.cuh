@@ -153,7 +153,7 @@ DEVICE void attend_exact(const Arguments& a, int b, int h, int first, int last, 
           }
         }
       }
-    float part[2][4] = {}, logits[4];
+    float part[2][4] = {}, logits[4], peak[2];
 #pragma unroll
     for (int i = 0; i < CHANNELS; i += 4) {
       uint32_t query[4];
@@ -167,7 +167,8 @@ DEVICE void attend_exact(const Arguments& a, int b, int h, int first, int last, 
       if (S::SOFTCAP) logits[k] = a.softcap_log2 * tanh_of(logits[k] / a.softcap_log2);
       if (position[k / 2] > last_seen[k % 2]) logits[k] = minus_infinity();
     }
-    raise_maximum(logits, sums.maximum, sums.total, sums.out);
+    for (int k = 0; k < 2; k++) peak[k] = largest(logits[k], logits[2 + k]);
+    raise_maximum<4>(peak, sums.maximum, sums.total, sums.out);
     uint32_t prob[2];
 #pragma unroll
     for (int t = 0; t < 2; t++) {

@@ -85,6 +85,16 @@ struct Shape {
   // Several teams keep the query that comes next in float32, which takes the place of one span's in both buffers.
   static constexpr bool KEEPS_TURNED = TEAMS > 1;
   static constexpr int AHEAD = SPANS_AHEAD / ROW_GROUPS / TEAMS - KEEPS_TURNED;
+  // Tiles that a warp has under way together, since one alone waits for its reads and products. More do not fit the
+  // registers; nor do two of codes that take many steps, or before sm_90, where addresses of loads take more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int TILES = 1;
+#else
+  static constexpr bool FITS = D == 64 ? KEY_DIM > 2 && VALUE_DIM > 2 && KEY_STAGES < 3 && VALUE_STAGES < 3
+                                       : KEY_DIM > 4 && VALUE_DIM > 2 && KEY_STAGES == 1 && VALUE_STAGES == 1;
+  static constexpr int TILES = FITS && AHEAD % 2 == 0 ? 2 : 1;  // as Shape.tiles of cuda_shape.py
+#endif
+  static constexpr int CHOSEN = 2 * GROUPS;  // logits of a tile that a lane has in the order of its columns
   static constexpr int KEY_GROUPS = D / KEY_DIM, VALUE_GROUPS = D / VALUE_DIM;  // of channels that share a code
   static constexpr int KEY_ENTRY = KEY_DIM < 8 ? KEY_DIM : 8, VALUE_ENTRY = VALUE_DIM < D / 16 ? VALUE_DIM : D / 16;
   static constexpr int KEY_SPREAD = KEY_DIM / KEY_ENTRY, VALUE_SPREAD = VALUE_DIM / VALUE_ENTRY;  // entries of a code
@@ -206,15 +216,13 @@ DEVICE void begin_block(const Arguments& a, int h, uint32_t base, int thread) {
   copy_to_shared<S::PAIRS, S::THREADS>(base, image, base + S::ARRIVALS, thread);
 }
 
-// Raises the maxima of a lane's two columns if one of `logits` is far above, and scales what was summed under them. All
-// lanes of a column keep the same maximum.
-template <int COUNT>
-DEVICE void raise_maximum(const float (&logits)[4], float (&maximum)[2], float (&total)[2], float (&out)[COUNT][4]) {
-  float peak[2];
-  for (int k = 0; k < 2; k++) peak[k] = largest(logits[k], logits[2 + k]);
+// Raises the maxima of a lane's two columns if one of `peak`, of its logits, is far above, and scales what was summed
+// under them. The lanes of a query row, which are FIRST_LANE, twice FIRST_LANE, ... apart, keep the same maximum.
+template <int FIRST_LANE, int COUNT>
+DEVICE void raise_maximum(float (&peak)[2], float (&maximum)[2], float (&total)[2], float (&out)[COUNT][4]) {
   if (!any_lane(peak[0] > maximum[0] + 8.0f || peak[1] > maximum[1] + 8.0f)) return;
   for (int k = 0; k < 2; k++) {
-    for (int lanes = 4; lanes < 32; lanes *= 2) peak[k] = largest(peak[k], shuffle_xor(peak[k], lanes));
+    for (int lanes = FIRST_LANE; lanes < 32; lanes *= 2) peak[k] = largest(peak[k], shuffle_xor(peak[k], lanes));
     const float raised = largest(maximum[k], peak[k]), decay = exp2_fast(maximum[k] - raised);
     maximum[k] = raised;
     total[k] *= decay;

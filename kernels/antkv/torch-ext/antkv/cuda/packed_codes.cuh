@@ -1,10 +1,11 @@
 // Packed codes: what a lane reads of a token's rows, and in what order it needs them. A row has a byte for each stage
 // of each group of channels, stages of a group next to each other.
 
-// Codes of a tile of 16 tokens as a lane reads them: keys of tokens g and g + 8, values of 2c, 2c + 1, 2c + 8, 2c + 9.
+// Codes of a tile of 16 tokens as a lane reads them: keys of tokens g and g + 8, values of 2c, 2c + 1, 2c + 8, 2c + 9. A
+// bit of `hidden` says that a token does not count: with up to four query rows a lane looks at one of them.
 template <class S>
 struct TileCodes {
-  uint32_t key[2][S::Key::LOADED], value[4][S::Value::LOADED], hidden[2];
+  uint32_t key[2][S::Key::LOADED], value[4][S::Value::LOADED], hidden[S::GROUPS];
 };
 
 // The window of codes that begin at byte `first` of a row.
@@ -52,32 +53,61 @@ DEVICE void load_value(const uint8_t* value, uint32_t (&codes)[S::Value::LOADED]
     for (int i = 0; i < S::Value::LOADED; i++) load_kept<S::Value::UNIT>(value + i * S::Value::UNIT, codes + i);
 }
 
-// Codes of the tile that the pointers stand at; of its tokens `room` exist in the buffers, one at least. `to_second`:
-// from a key's first window to its second.
+// The codes of the next tiles of a warp, a span apart, on their way; with up to four query rows `second` says which
+// token's bit a lane looks at.
 template <class S>
-DEVICE void load_tile(const uint8_t* key, int to_second, const uint8_t* value, const uint8_t* bits, int room, int g,
-                      int c, TileCodes<S>& tile) {
-  if (room >= 16) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      load_key<S>(key + 8 * i * S::Key::WIDTH, to_second, tile.key[i]);
-      load_once<1>(bits + i, &tile.hidden[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) load_value<S>(value + (i % 2 + i / 2 * 8) * S::Value::WIDTH, tile.value[i]);
-  } else {  // what does not exist is read from the last token, and hidden
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      load_key<S>(key + (smaller(g + 8 * i, room - 1) - g) * S::Key::WIDTH, to_second, tile.key[i]);
-      load_once<1>(bits + smaller(i, (room - 1) / 8), &tile.hidden[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int token = smaller(2 * c + i % 2 + i / 2 * 8, room - 1);
-      load_value<S>(value + (token - 2 * c) * S::Value::WIDTH, tile.value[i]);
-    }
+struct NextTiles {
+  TileCodes<S> tile[S::TILES];
+  const uint8_t *key, *value, *bits;  // where the lane's codes of the tiles to load begin
+  int to_second;                      // from a key's first window to its second
+
+  DEVICE NextTiles(const Arguments& a, int64_t bh, int from, int g, int c, bool second) : tile{} {
+    const int window = window_of<typename S::Key>(key_byte<S>(g, c, 0));
+    to_second = window_of<typename S::Key>(key_byte<S>(g, c, 1)) - window;
+    key = a.key_codes + (bh * a.capacity + from + g) * S::Key::WIDTH + window;
+    const int first = window_of<typename S::Value>(value_byte<S>(g));
+    value = a.value_codes + (bh * a.capacity + from + 2 * c) * S::Value::WIDTH + first;
+    bits = a.exact_bits + bh * a.bits_width + from / 8 + second;
   }
-}
+
+  // Goes on to the tiles after these. From the first one's beginning on `room` tokens exist in the buffers, none or
+  // less if it is beyond them: what does not exist is read from the last that does, and hidden.
+  DEVICE void load(int room, int g, int c, bool second) {
+    if (room >= (S::TILES - 1) * S::SPAN + 16) {
+#pragma unroll
+      for (int i = 0; i < S::TILES; i++) {
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+          load_key<S>(key + (i * S::SPAN + 8 * k) * S::Key::WIDTH, to_second, tile[i].key[k]);
+#pragma unroll
+        for (int k = 0; k < S::GROUPS; k++) load_once<1>(bits + i * (S::SPAN / 8) + k, &tile[i].hidden[k]);
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          load_value<S>(value + (i * S::SPAN + k % 2 + k / 2 * 8) * S::Value::WIDTH, tile[i].value[k]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < S::TILES; i++) {
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+          load_key<S>(key + (smaller(i * S::SPAN + g + 8 * k, room - 1) - g) * S::Key::WIDTH, to_second, tile[i].key[k]);
+#pragma unroll
+        for (int k = 0; k < S::GROUPS; k++) {
+          const int byte = i * (S::SPAN / 8) + second + k;
+          load_once<1>(bits + smaller(byte, (room - 1) >> 3) - second, &tile[i].hidden[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const int token = smaller(i * S::SPAN + 2 * c + k % 2 + k / 2 * 8, room - 1);
+          load_value<S>(value + (token - 2 * c) * S::Value::WIDTH, tile[i].value[k]);
+        }
+      }
+    }
+    key += S::TILES * S::SPAN * S::Key::WIDTH;
+    value += S::TILES * S::SPAN * S::Value::WIDTH;
+    bits += S::TILES * S::SPAN / 8;
+  }
+};
 
 // The codes of a token's key in the order of the lane's steps, see decode_codes.cuh: in step w it reads entry w ^ g.
 template <class S>
