@@ -14,6 +14,7 @@ from transformers import CompileConfig
 
 from antkv_hf import AnTKVCache, graphs
 from antkv_hf.cache.compiled_step import NewToken, attend_new_token, decode_step
+from antkv_hf.cache.handle import SharedSnapshot
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 NEW = 28
@@ -62,6 +63,41 @@ def test_generate_compiles_one_graph(llama, codebook, backend, padding, options)
     again = AnTKVCache(llama.config, codebook=codebook, max_length=100, compileable=True)
     assert torch.equal(run(llama, batch, again, backend, **options), expected)
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("hole", [False, True], ids=("left_padded", "hole"))
+def test_padding_is_no_mask(llama, codebook, monkeypatch, hole):
+    """Kernels know left padding by themselves, and the fastest takes no mask; any other mask comes through."""
+    batch = inputs(0, 17)
+    if hole:
+        batch["attention_mask"][0, 5] = 0
+    expected = run(llama, batch, AnTKVCache(llama.config, codebook=codebook))
+    masks, attend = [], SharedSnapshot.attend
+
+    def noted(self, query, mask=None, **options):
+        if query.shape[2] == 1:
+            masks.append(mask is not None)
+        return attend(self, query, mask, **options)
+
+    monkeypatch.setattr(SharedSnapshot, "attend", noted)
+    cache = AnTKVCache(llama.config, codebook=codebook, max_length=100, compileable=True)
+    assert torch.equal(run(llama, batch, cache, "eager"), expected)
+    assert len(masks) == 2 * (NEW - 1) and set(masks) == {hole}
+
+
+@pytest.mark.parametrize("bias", [0.0, -1.0])
+def test_what_is_added_to_logits_is_no_padding(llama, codebook, bias):
+    cache = AnTKVCache(llama.config, codebook=codebook, max_length=42, compileable=True)
+    grown = AnTKVCache(llama.config, codebook=codebook)
+    model = torch.compile(llama, backend="eager", fullgraph=True)
+    for each in (cache, grown):
+        llama(**inputs(0), past_key_values=each)
+    mask = torch.zeros(1, 1, 1, 42)
+    mask[..., :7] = bias
+    step = dict(input_ids=torch.full((1, 1), 5), position_ids=torch.full((1, 1), 40))
+    expected = llama(**step, attention_mask=mask[..., :41], past_key_values=grown).logits
+    found = model(**step, attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected)
 
 
 def test_without_a_compiler_and_in_turns(llama, codebook):

@@ -8,6 +8,7 @@ window and attends, as outside of `torch.compile`. Nothing that Dynamo sees chan
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -87,7 +88,30 @@ def decode_step(
             f"made for max_length={limit}: give a mask over so many, or none"
         )
     keys, _ = held.update(key, value)
+    if mask is not None and _hides_padding_alone(mask, held, length):
+        mask = None  # which kernels know from `offset`; the fastest takes no mask
     return keys.shared.attend(query, mask, scale=scale, softcap=softcap, sink_logit=sink_logit).contiguous()
+
+
+_last = threading.local()  # the mask that was looked at, and what was found
+
+
+def _hides_padding_alone(mask: torch.Tensor, held: Any, length: int) -> bool:
+    """Whether a token's mask ``(batch or 1, 1, 1, columns)`` hides what the layer holds as left padding, and no more.
+
+    Waits for the device, once a step: the first layer looks, and the others are given the same mask.
+    """
+    seen = (mask.data_ptr(), mask.shape, mask.stride(), length)
+    if held.plan.layer_idx == 0 or getattr(_last, "seen", None) != seen:
+        offset = held.storage.offset
+        padding = torch.arange(length, device=offset.device) < offset.view(-1, 1, 1, 1)
+        mask = mask[..., :length]
+        if mask.dtype == torch.bool:
+            alone = mask != padding
+        else:  # what is added to logits may be less than a mask
+            alone = torch.where(padding, mask < torch.finfo(mask.dtype).min / 2, mask == 0)
+        _last.seen, _last.found = seen, tuple(mask.shape[1:3]) == (1, 1) and bool(alone.all())
+    return _last.found
 
 
 @decode_step.register_fake
