@@ -41,6 +41,9 @@ CASES = [
     ("d4b8s2", "d8b8", 128, 3, 1, 1, 152, 3, "interleaved", None, "int8"),
     ("d8b8", "d8b8s2", 128, 3, 1, 1, 216, 5, "half", None, "float16"),
     ("d32b8", "d4b8s2", 128, 1, 7, 1, 136, 9, "half", None, "int8"),
+    # two tiles together: more than four rows, and a softcap
+    ("d32b8", "d32b8", 128, 3, 2, 1, 1304, 7, "interleaved", None, "int8"),
+    ("d4b8s2", "d4b8s2", 64, 4, 2, 1, 1304, 9, "scaled", 20.0, "int8"),
 ]
 # Of blocks in teams, with splits and blocks a head: more and fewer shares than teams, several turns of queries ahead.
 IN_TEAMS = [
@@ -167,8 +170,7 @@ def test_a_team_turns_its_query_on_and_begins_anew(dim, group, coded, emulated):
     visible = Visibility(None, True, 1, snapshot.length)
     expected, expected_lse = (x.flatten(1, 2) for x in attention(snapshot, query, visible, options["scale"], None))
     shape, tail = find_shape(*tables(past), group, False).in_teams, (snapshot.tail_keys, snapshot.tail_values)
-    ahead = 16 // shape.row_groups // shape.teams - 1
-    assert coded > (2 if group > 4 or dim == 64 else 1) * 16 * ahead * shape.span  # spans until it begins anew
+    assert coded > (2 if group > 4 or dim == 64 else 1) * 16 * shape.ahead * shape.span  # spans until it begins anew
     out, lse = emulate(emulated(shape), shape, query, past, tail, **options)
     assert_near(out, expected, 4e-3)
     assert_near(lse, expected_lse, 4e-3)
@@ -296,8 +298,12 @@ COMPILED = [
     ("sm_80", Shape(128, 1, 8, 1, 8, 1, 1, 12, 1, True, False), 24),
     ("sm_80", Shape(128, 1, 8, 1, 8, 1, 1, 12, 3, True, False), 40),
     ("sm_89", Shape(64, 1, 8, 1, 8, 1, 1, 12, 3, True, False), 0),
-    ("sm_90", Shape(128, 1, 8, 1, 8, 1, 2, 12, 1, True, False), 24),
-    ("sm_90", Shape(128, 1, 8, 1, 8, 1, 2, 12, 3, True, False), 24),
+    ("sm_90", Shape(128, 1, 8, 1, 8, 1, 2, 12, 1, True, False), 0),
+    ("sm_90", Shape(128, 1, 8, 1, 8, 1, 2, 12, 3, True, False), 0),
+    ("sm_90", Shape(128, 1, 8, 1, 8, 1, 2, 12, 3, True, True), 32),
+    ("sm_90", Shape(64, 1, 8, 1, 8, 1, 2, 12, 3, True, False), 0),
+    ("sm_90", Shape(64, 1, 8, 1, 8, 1, 2, 12, 3, True, True), 0),
+    ("sm_90", Shape(128, 2, 8, 1, 8, 1, 2, 8, 1, True, False), 0),
     ("sm_90", Shape(128, 2, 8, 1, 8, 1, 2, 8, 2, True, False), 0),
     ("sm_90", Shape(128, 1, 8, 2, 8, 1, 1, 12, 1, True, False), 24),
     ("sm_90", Shape(64, 1, 4, 3, 4, 3, 1, 12, 1, True, False), 0),

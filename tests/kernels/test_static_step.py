@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
-from antkv import cuda_decode
 from antkv.decode_attention import decode_attention
 from antkv.static_step import add_column_statistic, add_query_moment, append_token
-from builders import assert_near, quantized_past, random_codec, random_snapshot, rotary_of
-from conftest import tiny_llama
-from helpers import pair_tables, random_tables
+from builders import assert_near, quantized_past, random_codec, random_snapshot
 from recorded_graph import RecordedGraph
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, antkv_generate, graphs
+from antkv_hf import AnTKVConfig, graphs
 from antkv_hf.anchors import get_score
-from antkv_hf.attention import beside, cuda_backend
 from antkv_hf.attention.attend import attend
-from antkv_hf.attention.backends import CALLS, make_backend
+from antkv_hf.attention.backends import make_backend
 from antkv_hf.attention.reference_backend import REFERENCE
-from antkv_hf.codebook import describe_model
 from antkv_hf.config import AnchorConfig
 from antkv_hf.static_storage import Counts, StaticStorage
 from antkv_hf.storage import LayerStorage
@@ -232,155 +224,6 @@ def test_append_refuses_what_does_not_fit():
         append_token(new, new, keys, keys, lengths.long())
 
 
-def kernel_model(
-    device: str = "cpu", layers: int = 1, heads: int = 1, backend: str = "triton", dim: int = 32,
-    dtype: torch.dtype = torch.float32,
-):  # fmt: skip
-    """A tiny Llama with a codebook that the kernels read."""
-    model = tiny_llama(
-        num_hidden_layers=layers, num_attention_heads=2 * heads, num_key_value_heads=heads, head_dim=dim
-    ).to(device, dtype)  # fmt: skip
-    spec = VQSpec(8, 8)
-    config = AnTKVConfig(spec, spec, AnchorConfig(fraction=0.13, sinks=2), window=4, chunk=8, backend=backend)
-    rotary = rotary_of("half", dim)
-    tables = {
-        i: (pair_tables(spec, heads, dim, rotary, i), random_tables(spec, heads, dim, dense=True, seed=i + 9))
-        for i in range(layers)
-    }
-    return model, AnTKVCodebook(config, tables, describe_model(model.config, "test/model"))
-
-
-def causal_mask(batch_size: int, q_length: int, kv_length: int, **kwargs) -> torch.Tensor:
-    return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool).tril(kv_length - q_length)
-
-
-@pytest.mark.parametrize("masked", (False, True), ids=("no-mask", "mask"))
-def test_generation_replays_recorded_steps(masked, monkeypatch):
-    model, codebook = kernel_model()
-    ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(0))
-    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
-    expected = model.generate(ids, past_key_values=AnTKVCache(model.config, codebook=codebook), **options)
-    if masked:  # as transformers 5.17 does while a step is captured: it must not stay as it is
-        monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "1")  # later ones then turn query heads into query tokens
-        monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", causal_mask)
-    monkeypatch.setattr("antkv_hf.generation._no_gpu", lambda model: None)
-    monkeypatch.setattr(graphs, "cuda_graphs", lambda: RecordedGraph)
-    monkeypatch.setattr(graphs, "FIRST_BUCKET", 256)  # one split
-    CALLS.clear()
-    tokens = model.generate(ids, custom_generate=antkv_generate(codebook, cuda_graphs=True), **options)
-    assert torch.equal(tokens, expected)
-    assert CALLS["triton.decode_attention"] == 2  # the warm-up and the capture; all other steps ran no Python
-
-
-class CountingBranch:
-    """Stands in for a second stream: counts what is left to it."""
-
-    readings = joined = 0
-
-    @contextmanager
-    def reading(self, *tensors):
-        self.readings += 1
-        yield
-
-    def join(self):
-        self.joined += 1
-
-
-def test_a_captured_step_observes_beside_its_layers(monkeypatch):
-    """Each layer of a step leaves one observation to the branch, and the encoding of chunks none."""
-    branches: list[CountingBranch] = []
-    capture = RecordedGraph.capture
-
-    def branched(graph, function):
-        branches.append(CountingBranch())
-        with beside.branching(branches[-1]):
-            capture(graph, function)
-
-    monkeypatch.setattr(RecordedGraph, "capture", branched)
-    monkeypatch.setattr("antkv_hf.generation._no_gpu", lambda model: None)
-    monkeypatch.setattr(graphs, "cuda_graphs", lambda: RecordedGraph)
-    model, codebook = kernel_model("cpu", layers=2)
-    options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
-    ids = torch.randint(3, 128, (1, 30), generator=torch.Generator().manual_seed(0))
-    model.generate(ids, custom_generate=antkv_generate(codebook, cuda_graphs=True), **options)
-    assert sorted((branch.readings, branch.joined) for branch in branches) == [(0, 1), (2, 1)]
-
-
-# ------------------------------------------------------------------------------------------------------------ on a GPU
-@pytest.mark.gpu
-@pytest.mark.parametrize("lane", ["antkv", "sdpa"])
-@pytest.mark.parametrize("case", ["greedy", "padded", "sampling"])
-def test_cuda_graphs_write_the_same_tokens(lane, case, monkeypatch):
-    """Real graphs, over several chunks and plans, against a cache that grows."""
-    monkeypatch.setattr(graphs, "FIRST_BUCKET", 32)
-    model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto")
-    model.set_attn_implementation(lane)
-    mask = torch.arange(30) >= torch.tensor([[0], [17], [29]] if case == "padded" else [[0]])
-    ids = torch.randint(3, 128, mask.shape, generator=torch.Generator().manual_seed(0)).masked_fill(~mask, 0)
-    options = dict(attention_mask=mask.long().cuda(), max_new_tokens=80, min_new_tokens=80, do_sample=False)
-    options |= dict(do_sample=True, top_p=0.9) if case == "sampling" else {}
-    written = []
-    for extra in (
-        dict(past_key_values=AnTKVCache(model.config, codebook=codebook)),
-        dict(custom_generate=antkv_generate(codebook, cuda_graphs=False, max_length=120)),
-        dict(custom_generate=antkv_generate(codebook, cuda_graphs=True)),
-    ):
-        torch.manual_seed(1)
-        CALLS.clear()
-        written.append(model.generate(ids.cuda(), **extra, **options))
-    assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
-    # A warm-up and a capture in each layer for each plan: of up to 32 coded tokens and of up to 128.
-    assert CALLS["triton.decode_attention"] == 2 * 2 * 2
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 64])
-@pytest.mark.parametrize("dim", [64, 128])
-def test_cuda_graphs_capture_the_kernel_in_cuda(dim, batch, monkeypatch):
-    """Captured steps in CUDA C++, in whole blocks and in teams, against the same steps that are not captured."""
-    obstacle = cuda_decode.obstacle(torch.device("cuda"))
-    if obstacle:
-        pytest.skip(obstacle)
-    monkeypatch.setattr(cuda_backend, "MIN_TOKENS", 0)
-    monkeypatch.setattr(graphs, "FIRST_BUCKET", 32)
-    model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto", dim=dim, dtype=torch.float16)
-    ids = torch.randint(3, 128, (batch, 30), generator=torch.Generator().manual_seed(0)).cuda()
-    written, answered = [], []
-    for replayed in (False, True):
-        CALLS.clear()
-        cache = AnTKVCache(model.config, codebook=codebook, max_length=120)
-        logits = model.generate(
-            ids, past_key_values=cache, max_new_tokens=80, min_new_tokens=80, do_sample=False, output_logits=True,
-            return_dict_in_generate=True, custom_generate=antkv_generate(cuda_graphs=replayed),
-        ).logits  # fmt: skip
-        written.append(torch.stack(logits))
-        answered.append({name: calls for name, calls in CALLS.items() if name.endswith("decode_attention")})
-    assert_near(written[1], written[0], 1e-6)
-    # A warm-up and a capture in each layer for each plan: of up to 32 coded tokens and of up to 128.
-    assert answered == [{"cuda.decode_attention": 2 * 79}, {"cuda.decode_attention": 2 * 2 * 2}]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("held", [beside.MOST_HELD, 0])
-def test_observations_beside_a_captured_step(held, monkeypatch):
-    """The branch leaves behind what steps without graphs do, joined at the end of a step or in every layer."""
-    monkeypatch.setattr(beside, "MOST_HELD", held)
-    model, codebook = kernel_model("cuda", layers=3, heads=2, backend="auto")
-    ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0)).cuda()
-    kept = []
-    for replayed in (False, True):
-        cache = AnTKVCache(model.config, codebook=codebook, max_length=120)
-        model.generate(
-            ids, past_key_values=cache, max_new_tokens=80, min_new_tokens=80, do_sample=False,
-            custom_generate=antkv_generate(cuda_graphs=replayed),
-        )  # fmt: skip
-        kept.append([layer.storage for layer in cache.layers])
-    for stepped, replayed in zip(*kept):
-        assert torch.equal(stepped.buffers.anchors.positions, replayed.buffers.anchors.positions)
-        assert_near(replayed.buffers.statistic, stepped.buffers.statistic, 1e-4)
-        assert_near(replayed.query_moment, stepped.query_moment, 1e-4)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_small_kernels_of_a_step_on_a_gpu(dtype):
@@ -388,21 +231,6 @@ def test_small_kernels_of_a_step_on_a_gpu(dtype):
         check_append(batch, heads, dims, dtype, "cuda")
     for group, dim in (*MOMENTS, (4, 128), (8, 256)):
         check_moment(group, dim, dtype, "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [True, dict(mode="max-autotune-no-cudagraphs")], ids=("default", "autotuned"))
-def test_compiled_mlps_in_cuda_graphs(options):
-    """Inductor's kernels in captured steps write the tokens of a float32 model, which is left as it was."""
-    model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto")
-    ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0)).cuda()
-    lengths = dict(max_new_tokens=80, min_new_tokens=80, do_sample=False)
-    written = []
-    for compiled in (False, options):
-        generate = antkv_generate(codebook, cuda_graphs=True, compile_mlps=compiled)
-        written.append(model.generate(ids, custom_generate=generate, **lengths))
-    assert torch.equal(*written)
-    assert all("forward" not in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.gpu
@@ -426,23 +254,3 @@ def test_static_decode_attention_on_a_gpu(dtype):
     tails = tuple(larger(t, 256, float("nan")) for t in tails)
     for found, wanted in zip(decode_attention(query, static, *tails, scale=0.09), expected):
         assert_near(found, wanted, 1e-2)
-
-
-@pytest.mark.gpu
-def test_smollm2_with_cuda_graphs():
-    from antkv_hf.demo import find_codebook
-    from antkv_hf.demo_model import load_demo_model
-    from antkv_hf.demo_text import HANDBOOK
-
-    try:
-        model, tokenizer, _ = load_demo_model()
-    except (ImportError, OSError) as error:
-        pytest.skip(f"SmolLM2 is not installed: {error}")
-    model = model.cuda()
-    model.set_attn_implementation("antkv")
-    codebook = AnTKVCodebook.from_pretrained(find_codebook("smollm2-135m-instruct-1bit"))
-    inputs = tokenizer(HANDBOOK, return_tensors="pt").to("cuda")
-    options = dict(max_new_tokens=300, min_new_tokens=300, do_sample=False)
-    eager = model.generate(**inputs, past_key_values=AnTKVCache(model.config, codebook=codebook), **options)
-    replayed = model.generate(**inputs, custom_generate=antkv_generate(codebook, cuda_graphs=True), **options)
-    assert torch.equal(eager, replayed)

@@ -27,6 +27,13 @@ extern "C" void counters(long* least, long* wavefronts) {
 }
 extern "C" void run(const Arguments* a) {
   arguments = a;
+  const uint8_t* const starts[3] = {a->key_codes, a->value_codes, a->exact_bits};
+  const int64_t widths[3] = {(int64_t)a->capacity * KernelShape::Key::WIDTH,
+                             (int64_t)a->capacity * KernelShape::Value::WIDTH, a->bits_width};
+  for (int i = 0; i < 3; i++) {
+    emulator::first_code[i] = starts[i];
+    emulator::end_of_codes[i] = starts[i] + a->batch * a->heads * widths[i];
+  }
   emulator::least = emulator::wavefronts = 0;
   for (block = 0; block < a->heads * a->blocks_per_head; block++) emulator::run_block(KernelShape::THREADS, one_thread);
 }

@@ -17,6 +17,12 @@
 namespace emulator {
 alignas(1024) uint8_t shared[SHARED_BYTES];
 long least, wavefronts;  // of gathers: how many there must be, how many there are
+const uint8_t *first_code[3], *end_of_codes[3];  // buffers of codes and of bits: nothing beyond them may be read
+inline bool is_code(const uint8_t* p, int bytes) {
+  for (int i = 0; i < 3; i++)
+    if (p >= first_code[i] && p + bytes <= end_of_codes[i]) return true;
+  return false;
+}
 
 enum Word { NONE, GATHER, TRANSPOSE, MULTIPLY_ADD, SHUFFLE_XOR, ANY };
 struct Lane {
@@ -280,6 +286,13 @@ inline float shuffle_xor(float x, int lanes) {
   emulator::mine().argument = lanes;
   return emulator::together(emulator::SHUFFLE_XOR).c[0];
 }
+inline uint32_t shuffle_xor(uint32_t x, int lanes) {
+  float bits;
+  memcpy(&bits, &x, 4);
+  bits = shuffle_xor(bits, lanes);
+  memcpy(&x, &bits, 4);
+  return x;
+}
 inline int uniform(int x) { return x; }
 inline bool any_lane(bool x) {
   emulator::mine().argument = x;
@@ -288,6 +301,7 @@ inline bool any_lane(bool x) {
 template <int BYTES>
 inline void load_once(const uint8_t* p, uint32_t* r) {
   if ((uintptr_t)p % BYTES) emulator::fail("misaligned load");
+  if (!emulator::is_code(p, BYTES)) emulator::fail("load beyond the codes");
   r[0] = 0;
   memcpy(r, p, BYTES);
 }

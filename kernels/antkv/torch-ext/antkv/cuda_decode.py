@@ -270,8 +270,8 @@ def decode_attention(
     if shape is None:
         memory = shared_memory(query.device)
         shape = find_shape(past.key_tables, past.value_tables, rows, softcap is not None, memory)
-    processors = _properties(query.device.index or 0).multi_processor_count
-    shape, splits, blocks = plan(shape, past.length, batch, heads, processors)
+    gpu = _properties(query.device.index or 0)
+    shape, splits, blocks = plan(shape, past.length, batch, heads, gpu.multi_processor_count, gpu.major >= 9)
     options = dict(device=query.device, dtype=torch.float32)
     partial = torch.empty(batch, heads, 2 * splits, rows, dim, **options)
     state = torch.empty(2, batch, heads, 2 * splits, rows, **options)

@@ -60,7 +60,8 @@ class Shape(NamedTuple):
         if self.head_dim == 64:
             fits = min(self.key_dim, self.value_dim) > 2 and max(self.key_stages, self.value_stages) < 3
         else:
-            fits = self.key_dim > 4 and self.value_dim > 2 and self.key_stages == self.value_stages == 1
+            fits = self.key_dim > 4 and self.value_dim > 2 and self.key_stages * self.value_stages == 1
+            fits = fits and not self.softcap
         return 2 if fits and self.ahead % 2 == 0 else 1
 
     @property
@@ -124,13 +125,18 @@ def find_shape(
     return shape
 
 
-def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> tuple[Shape, int, int]:
+def plan(
+    shape: Shape, coded: int, batch: int, heads: int, processors: int, pairs: bool = True
+) -> tuple[Shape, int, int]:
     """The kernel in one team or in several, splits of a sequence, and blocks a kv head.
 
     A team takes ``batch * splits / (blocks * teams)`` shares, one after the other. The most loaded one decides, so
     splits are chosen for the least of its tokens, with what a share costs by itself. A span of one of several teams
     takes as long as one of a whole block: all teams are at work. Several need sequences for each block to choose from.
-    A warp that takes two tiles together takes as long for one.
+    A warp that takes two tiles together takes as long where it has only one.
+
+    Args:
+        pairs: whether warps take `Shape.tiles` tiles together, as from sm_90 on; else one.
     """
     blocks = max(1, processors // heads)
     several = shape.in_teams
@@ -142,7 +148,8 @@ def plan(shape: Shape, coded: int, batch: int, heads: int, processors: int) -> t
         for splits in range(1, min(blocks, max(spans, 1), MAX_SPLITS) + 1):
             if form is several and batch * splits < takers:
                 continue  # some would have nothing to do
-            share = -(-spans // (splits * form.tiles)) * form.tiles
+            tiles = form.tiles if pairs else 1
+            share = -(-spans // (splits * tiles)) * tiles
             cost = -(-batch * splits // takers) * (share + overhead)
             if cost < cheapest[0]:
                 cheapest = cost, form, splits

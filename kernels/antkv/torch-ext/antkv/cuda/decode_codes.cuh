@@ -124,8 +124,8 @@ DEVICE void gather_key(const uint32_t (&codes)[S::KEY_WORDS], const uint32_t (&p
   }
 }
 
-// Adds the logits of tokens g and g + 8 of the warp's tile, two columns each: ``logits[2 i + k]`` for token g + 8 i. With
-// up to four query rows token g + 8 takes the 8 channels of a step that token g has in the other one.
+// Adds the logits of tokens g and g + 8 of the warp's tile, two columns each: ``logits[2 i + k]`` for token g + 8 i.
+// With up to four query rows token g + 8 takes the 8 channels of a step that token g has in the other one.
 template <class S, int SECTION_>
 DEVICE void section_logits(const uint32_t (&codes)[2][S::KEY_WORDS], const uint32_t (&place)[S::KEY_WAYS],
                            const uint32_t (&angles)[2][2][4], const uint32_t (&query_place)[2], uint32_t query_offset,
@@ -230,7 +230,7 @@ template <class S>
 DEVICE void spread_probabilities(const float (&p)[S::CHOSEN], bool second, uint32_t (&prob)[2]) {
   uint32_t of_token[2] = {pack_half2(p[0], p[1])};
   if constexpr (S::GROUPS == 1) {
-    const uint32_t mine = of_token[0], other = as_word(shuffle_xor(as_float(mine), 2));
+    const uint32_t mine = of_token[0], other = shuffle_xor(mine, 2);
     of_token[0] = second ? other : mine, of_token[1] = second ? mine : other;
   } else {
     of_token[1] = pack_half2(p[2], p[3]);

@@ -85,14 +85,15 @@ struct Shape {
   // Several teams keep the query that comes next in float32, which takes the place of one span's in both buffers.
   static constexpr bool KEEPS_TURNED = TEAMS > 1;
   static constexpr int AHEAD = SPANS_AHEAD / ROW_GROUPS / TEAMS - KEEPS_TURNED;
-  // Tiles that a warp has under way together, since one alone waits for its reads and products. More do not fit the
-  // registers; nor do two of codes that take many steps, or before sm_90, where addresses of loads take more of them.
+  // Tiles that a warp has under way together, since one alone waits for its reads and products; as Shape.tiles of
+  // cuda_shape.py has it. More do not fit the registers, nor do two with heads of 128 and more than one stage, keys of
+  // fewer than 8 channels or a softcap, or before sm_90, where addresses take more of them. Three stages are slower so.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   static constexpr int TILES = 1;
 #else
   static constexpr bool FITS = D == 64 ? KEY_DIM > 2 && VALUE_DIM > 2 && KEY_STAGES < 3 && VALUE_STAGES < 3
-                                       : KEY_DIM > 4 && VALUE_DIM > 2 && KEY_STAGES == 1 && VALUE_STAGES == 1;
-  static constexpr int TILES = FITS && AHEAD % 2 == 0 ? 2 : 1;  // as Shape.tiles of cuda_shape.py
+                                       : KEY_DIM > 4 && VALUE_DIM > 2 && KEY_STAGES * VALUE_STAGES == 1 && !SOFTCAP;
+  static constexpr int TILES = FITS && AHEAD % 2 == 0 ? 2 : 1;
 #endif
   static constexpr int CHOSEN = 2 * GROUPS;  // logits of a tile that a lane has in the order of its columns
   static constexpr int KEY_GROUPS = D / KEY_DIM, VALUE_GROUPS = D / VALUE_DIM;  // of channels that share a code

@@ -1,8 +1,8 @@
 // Packed codes: what a lane reads of a token's rows, and in what order it needs them. A row has a byte for each stage
 // of each group of channels, stages of a group next to each other.
 
-// Codes of a tile of 16 tokens as a lane reads them: keys of tokens g and g + 8, values of 2c, 2c + 1, 2c + 8, 2c + 9. A
-// bit of `hidden` says that a token does not count: with up to four query rows a lane looks at one of them.
+// Codes of a tile of 16 tokens as a lane reads them: keys of tokens g and g + 8, values of 2c, 2c + 1, 2c + 8, 2c + 9.
+// A bit of `hidden` says that a token does not count: with up to four query rows a lane looks at one of them.
 template <class S>
 struct TileCodes {
   uint32_t key[2][S::Key::LOADED], value[4][S::Value::LOADED], hidden[S::GROUPS];
@@ -89,8 +89,10 @@ struct NextTiles {
 #pragma unroll
       for (int i = 0; i < S::TILES; i++) {
 #pragma unroll
-        for (int k = 0; k < 2; k++)
-          load_key<S>(key + (smaller(i * S::SPAN + g + 8 * k, room - 1) - g) * S::Key::WIDTH, to_second, tile[i].key[k]);
+        for (int k = 0; k < 2; k++) {
+          const int token = smaller(i * S::SPAN + g + 8 * k, room - 1);
+          load_key<S>(key + (token - g) * S::Key::WIDTH, to_second, tile[i].key[k]);
+        }
 #pragma unroll
         for (int k = 0; k < S::GROUPS; k++) {
           const int byte = i * (S::SPAN / 8) + second + k;

@@ -152,6 +152,7 @@ DEVICE int smaller(int a, int b) { return min(a, b); }
 DEVICE float largest(float a, float b) { return fmaxf(a, b); }
 
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
+DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 // `x` is the same in all lanes, which the compiler cannot know: so it may be in a register that they share.
 DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
