@@ -40,7 +40,7 @@ def budget(
     Example: antkv budget meta-llama/Llama-3.1-8B --tokens 131072 --bytes 2GB --among 2bit --among 1bit
     """
     _quiet()
-    from .cache.budget import best_of, choices, most_bytes
+    from .cache.budget import best_of, choices, model_dtype, most_bytes
     from .evaluation.inspection import model_config
 
     if tokens is None and size is None:
@@ -50,16 +50,18 @@ def budget(
     config = model_config(model)
     found = choices(config, tokens, size, batch, among, kind)
     best = None if tokens is None or size is None else best_of(found, config, tokens, size, batch, kind)
+    held = str(model_dtype(config.get_text_config(decoder=True), kind)).removeprefix("torch.")
     if as_json:
         chosen = None if best is None else best.name
-        typer.echo(json.dumps({"choice": chosen, "choices": [choice.to_dict() for choice in found]}, indent=2))
+        said = {"choice": chosen, "dtype": held, "choices": [choice.to_dict() for choice in found]}
+        typer.echo(json.dumps(said, indent=2))
         return
     width = max(len(choice.name) for choice in found)
     for choice in found:
         parts = [f"{choice.bits:g} code bits".rjust(14)]
         if choice.footprint is not None:
             taken = choice.footprint
-            parts.append(f"{taken.total:>16,} bytes, {taken.compression:.1f}x smaller than DynamicCache")
+            parts.append(f"{taken.total:>16,} bytes, {taken.compression:.1f}x smaller than DynamicCache in {held}")
         if choice.tokens is not None:
             one = (
                 ""

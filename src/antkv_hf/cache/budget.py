@@ -69,7 +69,7 @@ def _cache_bytes(
     text = model_config.get_text_config(decoder=True)
     facts = describe_model(text)
     heads, key_dim, value_dim = (facts[name] for name in ("kv_heads", "head_dim", "value_dim"))
-    item = _model_dtype(text, dtype).itemsize
+    item = model_dtype(text, dtype).itemsize
     coded = max(tokens - config.window, 0) // config.chunk * config.chunk
     sizes = dict(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0)
     rows, width = batch * heads, batch * heads * (key_dim + value_dim)  # kv heads of the batch; elements of a token
@@ -204,7 +204,7 @@ def choices(
             _check(name, book, model_config, layers)
         taken = None if tokens is None else most_bytes(model_config, config, tokens, batch, dtype)
         room = None if bytes is None else most_tokens(model_config, config, bytes, batch, dtype)
-        bits = _code_bits(config, layers, _model_dtype(model_config.get_text_config(decoder=True), dtype))
+        bits = _code_bits(config, layers, model_dtype(model_config.get_text_config(decoder=True), dtype))
         found.append(Choice(name or config.name_codec(layers), config, bits, taken, room, book))
     return sorted(found, key=_rank)
 
@@ -254,7 +254,7 @@ def best_of(
     )
 
 
-def _model_dtype(text_config: PreTrainedConfig, given: torch.dtype | None) -> torch.dtype:
+def model_dtype(text_config: PreTrainedConfig, given: torch.dtype | None) -> torch.dtype:
     stated = given or getattr(text_config, "dtype", None) or torch.bfloat16
     return stated if isinstance(stated, torch.dtype) else getattr(torch, stated)  # a saved config holds its name
 

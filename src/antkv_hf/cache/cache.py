@@ -91,7 +91,10 @@ class AnTKVCache(Cache):
             raise ValueError("compileable=True needs max_length: compiled code reads buffers that stay where they are")
         config = config or (codebook.config if codebook is not None else None)
         if config is None:
-            raise ValueError("give a codebook (AnTKVCache.from_pretrained(...)) or a config: there is nothing to go by")
+            raise ValueError(
+                "give a codebook (AnTKVCache.from_pretrained(...), antkv_generate(repo)) or a config, or a cache as "
+                "past_key_values: there is nothing to go by"
+            )
         if max_length is not None and (why := size_obstacle(config)):
             raise ValueError(f"max_length={max_length} cannot be kept: {why}. Leave max_length out")
         text = model_config.get_text_config(decoder=True)

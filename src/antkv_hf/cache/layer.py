@@ -234,8 +234,8 @@ class AnTKVLayer(CacheLayerMixin):
             need = length + new_tokens
             raise ValueError(
                 f"layer {self.plan.layer_idx} of AnTKVCache: it was made for max_length={limit} tokens, but {length} "
-                f"cached and {new_tokens} new ones are {need}: make it with max_length={need} or more, or leave "
-                "max_length out"
+                f"cached and {new_tokens} new ones are {need}: make it with max_length={need} or more (a whole text "
+                "takes its prompt and new tokens, less one), or leave max_length out"
             )
 
     def restore(self, tensors: dict[str, torch.Tensor], record_past: bool) -> None:
