@@ -255,6 +255,7 @@ def best_of(
 
 
 def model_dtype(text_config: PreTrainedConfig, given: torch.dtype | None) -> torch.dtype:
+    """The dtype that a model holds keys and values in: `given`, else the config's, else bfloat16."""
     stated = given or getattr(text_config, "dtype", None) or torch.bfloat16
     return stated if isinstance(stated, torch.dtype) else getattr(torch, stated)  # a saved config holds its name
 

@@ -62,7 +62,7 @@ DEVICE void sum_codes(const Arguments& a, int b, int h, int first, int last, con
   CodeSums<S> sums = {{LOWEST, LOWEST}, {}, {}};
   attend_codes<S>(a, b, h, first, last, team, sums);
   team.sync();  // queries were read: their place is free
-  store_state<S, S::GROUPS == 1 ? 2 : 4>(team, sums.maximum, sums.total);
+  store_state<S, S::ROW_LANES>(team, sums.maximum, sums.total);
   constexpr int WORDS = S::VALUE_ENTRY / 2;
 #pragma unroll
   for (int i = 0; i < S::D / 32 * S::GROUPS; i++)

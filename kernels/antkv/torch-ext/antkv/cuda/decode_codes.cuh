@@ -329,7 +329,7 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
       for (int i = 0; i < TILES; i++)
 #pragma unroll
         for (int k = 0; k < S::CHOSEN; k += 2) {
-          const int token = g + (S::GROUPS == 1 && second ? 8 : k / 2 * 8), position = tile + i * S::SPAN + token;
+          const int token = g + (second ? 8 : k / 2 * 8), position = tile + i * S::SPAN + token;
           const bool seen = position < last && position >= lowest && !(hidden[i][k / 2] >> g & 1u);
           for (int j = k; j < k + 2; j++) {
             float logit = S::GROUPS == 1 && second ? logits[i][j + 2] : logits[i][j];
@@ -344,7 +344,7 @@ DEVICE void attend_codes(const Arguments& a, int b, int h, int first, int last, 
         for (int i = 1; i < TILES * S::GROUPS; i++)
           peak[k] = largest(peak[k], chosen[i / S::GROUPS][i % S::GROUPS * 2 + k]);
       }
-      raise_maximum<S::GROUPS == 1 ? 2 : 4>(peak, sums.maximum, sums.total, sums.out);
+      raise_maximum<S::ROW_LANES>(peak, sums.maximum, sums.total, sums.out);
 #pragma unroll
       for (int i = 0; i < TILES; i++) {
         float p[S::CHOSEN];

@@ -96,6 +96,8 @@ struct Shape {
   static constexpr int TILES = FITS && AHEAD % 2 == 0 ? 2 : 1;
 #endif
   static constexpr int CHOSEN = 2 * GROUPS;  // logits of a tile that a lane has in the order of its columns
+  // Lanes that have logits of the same query row over codes are so far apart, twice as far, ...
+  static constexpr int ROW_LANES = GROUPS == 1 ? 2 : 4;
   static constexpr int KEY_GROUPS = D / KEY_DIM, VALUE_GROUPS = D / VALUE_DIM;  // of channels that share a code
   static constexpr int KEY_ENTRY = KEY_DIM < 8 ? KEY_DIM : 8, VALUE_ENTRY = VALUE_DIM < D / 16 ? VALUE_DIM : D / 16;
   static constexpr int KEY_SPREAD = KEY_DIM / KEY_ENTRY, VALUE_SPREAD = VALUE_DIM / VALUE_ENTRY;  // entries of a code
