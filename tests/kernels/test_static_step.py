@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from antkv.decode_attention import decode_attention
-from antkv.static_step import add_column_statistic, add_query_moment, append_token
+from antkv.static_step import add_column_statistic, add_query_moment, add_tail_statistic, append_token
 from builders import assert_near, quantized_past, random_codec, random_snapshot
 from recorded_graph import RecordedGraph
 
@@ -172,6 +172,12 @@ def check_moment(group: int, dim: int, dtype: torch.dtype, device: str = "cpu") 
     assert_near(found[1][1], wanted, 1e-5)
 
 
+# term, query heads a group, head size, softcap
+TAIL_STATISTICS = [
+    ("squared_attention", 4, 32, None),
+    ("accumulated_attention", 3, 24, None),
+    ("squared_attention", 8, 64, 5.0),
+]
 MOMENTS = [(1, 32), (4, 64), (3, 24), (64, 128)]  # query heads a group, head size; the last has a launch of its own
 
 
@@ -179,6 +185,60 @@ MOMENTS = [(1, 32), (4, 64), (3, 24), (64, 128)]  # query heads a group, head si
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_moment_with_the_statistic(group, dim, dtype):
     check_moment(group, dim, dtype)
+
+
+def check_tail_statistic(term: str, group: int, dim: int, softcap: float | None, device: str = "cpu") -> None:
+    """From logits, the statistic and the moment are those that the tail's keys give."""
+    batch, heads, rows, tail, first = 2, 3, 500, 410, 96  # some keys are far from the query
+    g = torch.Generator().manual_seed(group)
+    query = torch.randn(batch, 1, heads * group, dim, generator=g).to(device).half().transpose(1, 2)
+    tails = [torch.randn(batch, heads, rows, dim, generator=g).to(device).half() for _ in range(2)]
+    offset = torch.tensor([0, first + 9], device=device)
+    lengths = torch.tensor([first, tail, 0], dtype=torch.int32, device=device)
+    logits = query.float().unflatten(1, (heads, group)).squeeze(3) @ tails[0].float().mT * 0.1
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    columns = first + torch.arange(rows, device=device)
+    logits = logits.masked_fill(columns < offset.view(2, 1, 1, 1), float("-inf"))
+    lse = logits[..., :tail].logsumexp(-1, keepdim=True).flatten(1, 2) + 0.3
+    lse[0, 0] = float("-inf")  # a head that sees nothing
+    kept = torch.full((batch, heads, rows, 8), float("nan"), device=device)
+    kept[..., :group] = logits.mT * 1.4426950408889634
+    kept[:, :, tail:] = float("nan")
+    for stride in (1, 4):
+        for last in (tail, tail + 2):  # with a stride of 4, one of them counts for the far keys
+            lengths[1] = last
+            found = []
+            for from_logits in (False, True):
+                statistic = torch.ones(batch, heads, rows, device=device)
+                moment = torch.full((batch, heads, 2), 3.0, device=device)
+                if from_logits:
+                    options = dict(scale=0.1, stride=stride)
+                    kept[:, :, tail:last, :group] = logits.mT[:, :, tail:last] * 1.4426950408889634
+                    add_tail_statistic(term, kept, query, lse, statistic, moment, lengths, **options)
+                else:
+                    options = dict(scale=0.1, stride=stride, softcap=softcap, moment=moment)
+                    add_column_statistic(term, query, *tails, query, lse, statistic, lengths, offset, **options)
+                found.append((statistic, moment))
+            assert_near(found[1][0], found[0][0], 2e-3)
+            assert_near(found[1][1], found[0][1], 1e-6)
+
+
+@pytest.mark.parametrize("term, group, dim, softcap", TAIL_STATISTICS)
+def test_statistic_from_kept_logits(term, group, dim, softcap):
+    check_tail_statistic(term, group, dim, softcap)
+
+
+def test_statistic_from_logits_refuses_what_does_not_fit():
+    query, lse, lengths = torch.zeros(2, 4, 1, 32), torch.zeros(2, 4, 1), torch.zeros(3, dtype=torch.int32)
+    logits, statistic, moment = torch.zeros(2, 2, 8, 4), torch.zeros(2, 2, 8), torch.zeros(2, 2, 2)
+    arguments = query, lse, statistic, moment, lengths
+    with pytest.raises(ValueError, match="'anchor_score' needs more than logits"):
+        add_tail_statistic("anchor_score", logits, *arguments, scale=1.0)
+    with pytest.raises(ValueError, match="1 query tokens of 2 heads; one of up to 1 is taken"):
+        add_tail_statistic("squared_attention", logits[..., :1], *arguments, scale=1.0)
+    with pytest.raises(ValueError, match="statistic must be contiguous float32 .2, 2, 7."):
+        add_tail_statistic("squared_attention", logits[:, :, :7].contiguous(), *arguments, scale=1.0)
 
 
 def test_encoding_is_replayed_too():
@@ -231,6 +291,8 @@ def test_small_kernels_of_a_step_on_a_gpu(dtype):
         check_append(batch, heads, dims, dtype, "cuda")
     for group, dim in (*MOMENTS, (4, 128), (8, 256)):
         check_moment(group, dim, dtype, "cuda")
+    for case in (*TAIL_STATISTICS, ("squared_attention", 4, 128, None)):
+        check_tail_statistic(*case, "cuda")
 
 
 @pytest.mark.gpu

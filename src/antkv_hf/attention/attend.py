@@ -76,14 +76,16 @@ def attend(
         if mask is None and not step and past.static is not None and past.static.padded and q_len == 1:
             mask = past.unpadded()
         visibility = Visibility(mask, is_causal and q_len > 1, q_len, past.length)
+        logits = None
         if step:
-            out, lse = backend.attend_step(past, query, mask, scale, softcap, sink_logit)
+            term = None if observer is None or observer.score is None else observer.score.term
+            out, lse, logits = backend.attend_step(past, query, mask, scale, softcap, sink_logit, term)
         else:
             out, lse = backend.attention(past, query, visibility, scale, softcap, sink_logit)
         if observer is not None and observer.tail_keys is past.tail_keys:  # else an old snapshot, encoded since
             if given is not None:
                 _learn_padding(observer, past, given)
-            observe(observer, backend, past, query, out, lse, visibility, scale, softcap, step)
+            observe(observer, backend, past, query, out, lse, visibility, scale, softcap, step, logits)
             if commit:
                 observer.commit()
     return out.flatten(1, 2).to(query.dtype)
@@ -99,17 +101,17 @@ def _is_step(past: Snapshot, query: torch.Tensor, backend: Backend, observer: La
 
 def observe(
     storage: LayerStorage, backend: Backend, past: Snapshot, query, out, lse, visibility: Visibility, scale, softcap,
-    step: bool = False,
+    step: bool = False, logits: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Adds what these queries say of the tail tokens to the storage's running statistic.
 
-    `step`: in place, see `Backend.observe_step`; in a captured step beside what follows.
+    `step`: in place, see `Backend.observe_step`, which takes `logits`; in a captured step beside what follows.
     """
     if storage.score is None:
         return
     if step:
-        with beside(query, out, lse):
-            backend.observe_step(storage, past, query, out, lse, visibility.mask, scale, softcap)
+        with beside(query, out, lse, *(() if logits is None else (logits,))):
+            backend.observe_step(storage, past, query, out, lse, visibility.mask, scale, softcap, logits)
         return
     several = visibility.mask is not None and visibility.mask.shape[2] > 1
     first_query = storage.offset if several else None

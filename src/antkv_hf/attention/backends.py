@@ -67,13 +67,16 @@ class Backend(Protocol):
         kin do."""
         ...
 
-    def attend_step(self, past, query, mask, scale, softcap=None, sink_logit=None):
+    def attend_step(self, past, query, mask, scale, softcap=None, sink_logit=None, term=None):
         """`attention` of one token over ``past.static``, all lengths read on the device; without a mask, from `offset`
-        on."""
+        on. Third of the answers: what `observe_step` may take for a score of this term instead of the tail, or None."""
         ...
 
-    def observe_step(self, storage, past, query, out, lse, mask, scale, softcap) -> None:
-        """Adds what a step's query says to `query_moment` and statistic of a `StaticStorage`, in place."""
+    def observe_step(self, storage, past, query, out, lse, mask, scale, softcap, logits=None) -> None:
+        """Adds what a step's query says to `query_moment` and statistic of a `StaticStorage`, in place.
+
+        `logits`: the third of what `attend_step` answered.
+        """
         ...
 
 

@@ -58,10 +58,10 @@ class ReferenceBackend:
     def answers_step(self, query, kv_heads: int, term) -> bool:
         return False  # its loops over blocks need the lengths on the host
 
-    def attend_step(self, past, query, mask, scale, softcap=None, sink_logit=None):
+    def attend_step(self, past, query, mask, scale, softcap=None, sink_logit=None, term=None):
         raise NotImplementedError("the reference answers steps through `attention`")
 
-    def observe_step(self, storage, past, query, out, lse, mask, scale, softcap) -> None:
+    def observe_step(self, storage, past, query, out, lse, mask, scale, softcap, logits=None) -> None:
         raise NotImplementedError("the reference observes steps through `column_statistic` and `query_moment`")
 
 

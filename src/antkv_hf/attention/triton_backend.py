@@ -9,7 +9,7 @@ from antkv.decode_plan import MIN_ROWS
 from antkv.encode import encode_keys, encode_values
 from antkv.past import ExactTokens, QuantizedPast
 from antkv.prefill import BIAS_ROWS, CodeBias, prefill_attention
-from antkv.static_step import add_column_statistic, add_query_moment, append_token
+from antkv.static_step import add_column_statistic, add_query_moment, add_tail_statistic, append_token
 
 from ..codecs import LayerCodec
 from ..reference import scores
@@ -98,19 +98,23 @@ class TritonBackend:
     def answers_step(self, query, kv_heads: int, term) -> bool:
         return query.shape[2] == 1 and decodes(query, kv_heads) and (term is None or term in TERMS)
 
-    def attend_step(self, past: Snapshot, query, mask, scale, softcap=None, sink_logit=None):
+    def step_attention(self, query, past: QuantizedPast, tail_keys, tail_values, *, term, **options):
+        """`decode_attention` of a step, and the tail's logits where it keeps them for scores of this term."""
+        return *self.decode_attention(query, past, tail_keys, tail_values, **options), None
+
+    def attend_step(self, past: Snapshot, query, mask, scale, softcap=None, sink_logit=None, term=None):
         static, kv_heads = past.static, past.tail_keys.shape[1]
         assert static is not None
         planned = past.coded_length if static.planned is None else static.planned
         quantized = self._static_past(past)._replace(coded=planned, lengths=static.lengths)
         with torch.cuda.device_of(query):
-            out, lse = self.decode_attention(
-                query.to(static.tail_keys.dtype), quantized, static.tail_keys, static.tail_values, scale=scale,
-                mask=mask, is_causal=False, softcap=softcap, sink_logit=sink_logit,
+            out, lse, logits = self.step_attention(
+                query.to(static.tail_keys.dtype), quantized, static.tail_keys, static.tail_values, term=TERMS.get(term),
+                scale=scale, mask=mask, is_causal=False, softcap=softcap, sink_logit=sink_logit,
             )  # fmt: skip
-        return out.unflatten(1, (kv_heads, -1)), lse.unflatten(1, (kv_heads, -1))
+        return out.unflatten(1, (kv_heads, -1)), lse.unflatten(1, (kv_heads, -1)), logits
 
-    def observe_step(self, storage, past: Snapshot, query, out, lse, mask, scale, softcap) -> None:
+    def observe_step(self, storage, past: Snapshot, query, out, lse, mask, scale, softcap, logits=None) -> None:
         static, term = past.static, storage.score.term
         assert static is not None
         query = query.to(static.tail_keys.dtype)
@@ -118,11 +122,19 @@ class TritonBackend:
             if term is None:
                 add_query_moment(query, scale, storage.query_moment)
                 return
+            stride = storage.config.anchors.query_stride
+            if logits is not None:
+                CALLS["triton.tail_statistic"] += 1
+                add_tail_statistic(
+                    TERMS[term], logits, query, lse.flatten(1, 2), static.statistic, storage.query_moment,
+                    static.lengths, scale=scale, stride=stride,
+                )  # fmt: skip
+                return
             CALLS["triton.column_statistic"] += 1
             add_column_statistic(
                 TERMS[term], query, static.tail_keys, static.tail_values, out.flatten(1, 2), lse.flatten(1, 2),
-                static.statistic, static.lengths, past.offset, scale=scale, mask=mask, softcap=softcap,
-                stride=storage.config.anchors.query_stride, moment=storage.query_moment,
+                static.statistic, static.lengths, past.offset, scale=scale, mask=mask, softcap=softcap, stride=stride,
+                moment=storage.query_moment,
             )  # fmt: skip
 
     def _static_past(self, past: Snapshot) -> QuantizedPast:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from antkv.decode_attention import decode_attention
-from antkv.static_step import add_column_statistic, add_query_moment, append_token
+from antkv.static_step import add_column_statistic, add_query_moment, add_tail_statistic, append_token
 from builders import quantized_past, random_codec, random_snapshot
 
 HEADS, GROUP, ROWS = 2, 4, 256
@@ -27,6 +27,14 @@ def _statistic(term: str, dtype: torch.dtype, dim: int, stride: int) -> None:
     )  # fmt: skip
 
 
+def _tail_statistic(dtype: torch.dtype, dim: int, stride: int) -> None:
+    logits, query = torch.empty(1, HEADS, ROWS, GROUP), torch.empty(1, HEADS * GROUP, 1, dim, dtype=dtype)
+    add_tail_statistic(
+        "squared_attention", logits, query, torch.empty(1, HEADS * GROUP, 1), torch.empty(1, HEADS, ROWS),
+        torch.empty(1, HEADS, 2), torch.zeros(3, dtype=torch.int32), scale=0.1, stride=stride,
+    )  # fmt: skip
+
+
 def _moment(dtype: torch.dtype, dim: int) -> None:
     add_query_moment(torch.empty(1, HEADS * GROUP, 1, dim, dtype=dtype), 0.1, torch.empty(1, HEADS, 2))
 
@@ -43,6 +51,7 @@ def _decode(dtype: torch.dtype, dim: int) -> None:
 CALLS: list[Callable[[], None]] = [
     partial(_append, torch.bfloat16, 128),
     partial(_statistic, "squared_attention", torch.bfloat16, 128, 16),
+    partial(_tail_statistic, torch.bfloat16, 128, 16),
 ]
 MORE_CALLS: list[Callable[[], None]] = [
     partial(_moment, torch.bfloat16, 128),

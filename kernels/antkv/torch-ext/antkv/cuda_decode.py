@@ -35,6 +35,7 @@ _POINTERS_FIRST = ("partial", "partial_max", "partial_total", "key_codes", "valu
 _POINTERS = (
     "lengths", "tables", "channels", "frequency", "pair_scale", "anchor_positions", "anchor_keys", "anchor_values",
     "anchor_key_scale", "anchor_value_scale", "sink_positions", "sink_keys", "sink_values", "tail_keys", "tail_values",
+    "tail_logits",
 )  # fmt: skip
 _INTEGERS = (
     "batch", "heads", "group", "q_len", "splits", "blocks_per_head", "coded", "tail", "anchors", "sinks", "capacity",
@@ -65,7 +66,7 @@ def find_image(shape: Shape, keys: KeyTables, values: ValueTables) -> torch.Tens
 def make_arguments(
     query: torch.Tensor, past: QuantizedPast, image: torch.Tensor, tail_keys: torch.Tensor, tail_values: torch.Tensor,
     partial: torch.Tensor, state: torch.Tensor, *, scale: float, softcap: float | None, is_causal: bool,
-    hides_padding: bool, splits: int, blocks: int,
+    hides_padding: bool, splits: int, blocks: int, tail_logits: torch.Tensor | None = None,
 ) -> Arguments:  # fmt: skip
     """The kernel's arguments; the tensors must outlive the launch. `image`: `find_image` of the kernel's shape."""
     batch, q_heads, q_len, _ = query.shape
@@ -77,7 +78,7 @@ def make_arguments(
         query=query, partial=partial, partial_max=state[0], partial_total=state[1], key_codes=past.key_codes,
         value_codes=past.value_codes, exact_bits=past.exact_bits, offset=past.offset, lengths=past.lengths,
         tables=image, channels=keys.channels, frequency=keys.frequency, pair_scale=keys.pair_scale,
-        tail_keys=tail_keys, tail_values=tail_values,
+        tail_keys=tail_keys, tail_values=tail_values, tail_logits=tail_logits,
         **_exact("anchor", anchors), **_exact("sink", sinks),
     )  # fmt: skip
     for name, tensor in tensors.items():
@@ -250,11 +251,14 @@ def decode_attention(
     sink_logit: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     shape: Shape | None = None,
+    tail_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`decode_attention.decode_attention` in CUDA C++: same arguments (but no mask), same results.
 
     Args:
         shape: what `kernel_for` found for the same arguments; None looks it up here.
+        tail_logits: float32 ``(batch, kv_heads, tail rows, shape.rows)``, contiguous: gets the logits of the tail's
+            tokens, in units of log 2, for `static_step.add_tail_statistic`.
 
     Raises:
         ValueError: for what has no kernel here; the message says what has.
@@ -270,6 +274,11 @@ def decode_attention(
     if shape is None:
         memory = shared_memory(query.device)
         shape = find_shape(past.key_tables, past.value_tables, rows, softcap is not None, memory)
+    if tail_logits is not None:
+        want = (*tail_keys.shape[:3], shape.rows)
+        fits = tail_logits.shape == want and tail_logits.dtype == torch.float32 and tail_logits.is_contiguous()
+        require(fits, f"tail_logits are {tail_logits.dtype} {tuple(tail_logits.shape)}, not float32 {want} in order")
+        require(tail_logits.numel() < 2**32, f"{tail_logits.numel()} logits of tails are more than 32 bits count")
     gpu = _properties(query.device.index or 0)
     shape, splits, blocks = plan(shape, past.length, batch, heads, gpu.multi_processor_count, gpu.major >= 9)
     options = dict(device=query.device, dtype=torch.float32)
@@ -280,7 +289,7 @@ def decode_attention(
     image = find_image(shape, past.key_tables, past.value_tables)
     arguments = make_arguments(
         query, past, image, tail_keys, tail_values, partial, state, scale=scale, softcap=softcap, is_causal=is_causal,
-        hides_padding=past.lengths is not None, splits=splits, blocks=blocks,
+        hides_padding=past.lengths is not None, splits=splits, blocks=blocks, tail_logits=tail_logits,
     )  # fmt: skip
     with torch.cuda.device_of(query):
         launch(load_kernel(shape, query.device.index or 0), arguments, shape)

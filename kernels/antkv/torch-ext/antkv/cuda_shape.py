@@ -45,6 +45,11 @@ class Shape(NamedTuple):
         return f"Shape<{', '.join(str(int(x)) for x in self)}>"
 
     @property
+    def rows(self) -> int:
+        """Query rows that a kernel has room for: `Shape::ROWS` of layout.cuh."""
+        return 4 * self.row_groups
+
+    @property
     def span(self) -> int:
         """Tokens that the warps of a team take at a time."""
         return 16 * self.warps // self.teams
@@ -159,7 +164,7 @@ def plan(
 
 def shared_bytes(shape: Shape) -> int:
     """`Shape::BYTES` of layout.cuh: shared memory of a block."""
-    dim, rows, warps = shape.head_dim, 4 * shape.row_groups, shape.warps
+    dim, rows, warps = shape.head_dim, shape.rows, shape.warps
     tables = image_bytes(dim, shape.key_stages, shape.value_stages, shape.value_copies) + 16 + 4 * dim
     queries = 2 * (shape.ahead + (shape.teams > 1)) * dim * rows * 2
     team_warps = warps // shape.teams

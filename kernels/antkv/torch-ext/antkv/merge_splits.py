@@ -11,6 +11,8 @@ from .softmax import LOG2E
 from .tables import KeyTables, ValueTables
 
 LARGEST_BIAS = tl.constexpr(3.0)  # nats: a prompt's chunk subtracts what exact tokens would get, see prefill.py
+ROWS_OF_A_TILE, CHANNELS_OF_A_STEP = 16, 32  # whole sub-vectors: they have up to 32 channels
+TILES_FROM = 96  # rows of a kv head in all sequences: so many are merged by tiles that read its basis once
 
 
 @triton.jit
@@ -101,6 +103,105 @@ def merge_splits_kernel(
     tl.store(p_lse + bh * ROWS + row, (top + tl.log2(total)) / LOG2E)
 
 
+@triton.jit
+def _tile_top(p_max, m_row, splits, ROWS: tl.constexpr, BM: tl.constexpr):
+    """Largest of `splits` maxima of each row of a tile [BM]; -inf for rows outside."""
+    top = tl.full([BM], float("-inf"), tl.float32)
+    for s in range(splits):
+        top = tl.maximum(top, tl.load(p_max + s * ROWS, mask=m_row, other=float("-inf")))
+    return top
+
+
+@triton.jit
+def _tile_sum(
+    p_partial, p_max, m_row, channel, safe, splits,
+    ROWS: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Sum of `splits` parts of each row of a tile at some channels [BM, BC], each times 2^(its maximum - safe)."""
+    out = tl.zeros([BM, BC], tl.float32)
+    m = m_row[:, None] & (channel < DV)[None, :]
+    for s in range(splits):
+        weight = tl.exp2(tl.load(p_max + s * ROWS, mask=m_row, other=float("-inf")) - safe)
+        out += weight[:, None] * tl.load(p_partial[:, None] + s * ROWS * DV + channel[None, :], mask=m, other=0.0)
+    return out
+
+
+@triton.jit
+def _tile_total(p_total, p_max, m_row, safe, splits, ROWS: tl.constexpr, BM: tl.constexpr):
+    """`_tile_sum` of the sums of weights [BM]."""
+    total = tl.zeros([BM], tl.float32)
+    for s in range(splits):
+        weight = tl.exp2(tl.load(p_max + s * ROWS, mask=m_row, other=float("-inf")) - safe)
+        total += weight * tl.load(p_total + s * ROWS, mask=m_row, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["splits", "count"])
+def merge_tiles_kernel(
+    p_partial, p_max, p_total, p_synthesis, p_mean, p_sink_logit, p_query, stride_q_b, stride_q_h, stride_q_n,
+    p_channels, p_noise, scale, p_out, p_lse, splits, count,
+    H: tl.constexpr, ROWS: tl.constexpr, Q_LEN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, SINK_LOGIT: tl.constexpr, SUB: tl.constexpr, NOISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What `merge_splits_kernel` does with a basis, for BM of the `count` rows that a kv head has in all sequences.
+
+    For large batches: there the basis is read once a tile and its products go to the matrix units. BK latent channels
+    at a time, so that shared memory is no limit.
+    """
+    h = tl.program_id(1)
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_row = r < count
+    row = r % ROWS
+    bh = (r // ROWS).to(tl.int64) * H + h
+    q_head = h * (ROWS // Q_LEN) + row // Q_LEN
+    first = bh * (2 * splits) * ROWS + row
+    p_partial += first * DV
+    p_max += first
+    p_total += first
+    plain = splits * ROWS  # where the plain parts begin
+    k = tl.arange(0, BK)
+
+    code_top = _tile_top(p_max, m_row, splits, ROWS, BM)
+    top = _tile_top(p_max + plain, m_row, splits, ROWS, BM)
+    bias = tl.zeros([BM], tl.float32)
+    if NOISE:
+        p_query += (r // ROWS).to(tl.int64) * stride_q_b + q_head * stride_q_h + row % Q_LEN * stride_q_n
+        for d in range(0, D, BK):  # BK is a multiple of SUB: a block of the noise's diagonal is in one step
+            m = d + k < D
+            channel = tl.load(p_channels + h * D + d + k, mask=m, other=0)
+            q = tl.load(p_query[:, None] + channel[None, :], mask=m_row[:, None] & m[None, :], other=0.0)
+            q = q.to(tl.float32) * scale  # [BM, BK]
+            block = (k[:, None] // SUB == k[None, :] // SUB) & m[:, None]
+            p = p_noise + (h * D + d + k)[:, None] * SUB + (k % SUB)[None, :]
+            noise = tl.load(p, mask=block, other=0.0)  # [BK, BK]
+            bias += tl.sum(tl.dot(q, noise, input_precision=PRECISION) * q, 1)
+        bias = LOG2E * tl.minimum(tl.maximum(0.5 * bias, 0.0), LARGEST_BIAS)
+    top = tl.maximum(top, code_top + bias)
+    if SINK_LOGIT:
+        sink = tl.load(p_sink_logit + q_head, mask=m_row, other=0.0).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+    safe = tl.where(top == float("-inf"), 0.0, top)  # a row that sees nothing
+
+    dv = tl.arange(0, BDV)
+    out = _tile_sum(p_partial + plain * DV, p_max + plain, m_row, dv, safe, splits, ROWS, DV, BM, BDV)
+    code_total = _tile_total(p_total, p_max, m_row, safe - bias, splits, ROWS, BM)
+    total = code_total + _tile_total(p_total + plain, p_max + plain, m_row, safe, splits, ROWS, BM)
+    for c in range(0, DV, BK):
+        latent = _tile_sum(p_partial, p_max, m_row, c + k, safe - bias, splits, ROWS, DV, BM, BK)
+        p_basis = p_synthesis + h * DV * DV + (c + k)[:, None] * DV + dv[None, :]
+        basis = tl.load(p_basis, mask=(c + k < DV)[:, None] & (dv < DV)[None, :], other=0.0)
+        out = tl.dot(latent, basis, out, input_precision=PRECISION)
+    out += code_total[:, None] * tl.load(p_mean + h * DV + dv, mask=dv < DV, other=0.0)[None, :]
+    if SINK_LOGIT:
+        total += tl.exp2(sink - safe)
+    out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+    o_row = bh * ROWS + row
+    p = p_out + o_row[:, None] * DV + dv[None, :]
+    tl.store(p, out.to(p_out.dtype.element_ty), mask=m_row[:, None] & (dv < DV)[None, :])
+    tl.store(p_lse + o_row, (top + tl.log2(total)) / LOG2E, mask=m_row)
+
+
 def merge_splits(
     partial: torch.Tensor,
     state: torch.Tensor,
@@ -133,9 +234,19 @@ def merge_splits(
         noise = (query, *query.stride()[:3], keys.channels, keys.noise, scale)
         sizes = dict(D=query.shape[3], BD=head_block(query.shape[3]), SUB=keys.codes.sub_dim, NOISE=True)
     splits = parts if tables is None else parts // 2
+    sink, has_sink = (out, False) if sink_logit is None else (sink_logit, True)
+    arguments = (partial, state[0], state[1], *basis, sink, *noise, out, lse, splits)
+    fixed = dict(H=heads, ROWS=rows, Q_LEN=out.shape[2], DV=dim, BDV=head_block(dim), SINK_LOGIT=has_sink, **sizes)
+    if tables is not None and batch * rows >= TILES_FROM:
+        # Three products of TF32 keep what float32 has, but for the last bits; other makers' units have float32's.
+        precision = "ieee" if torch.version.hip is not None else "tf32x3"
+        del fixed["BD"]
+        merge_tiles_kernel[(triton.cdiv(batch * rows, ROWS_OF_A_TILE), heads)](
+            *arguments, batch * rows, BM=ROWS_OF_A_TILE, BK=CHANNELS_OF_A_STEP, PRECISION=precision, **fixed,
+            num_warps=4,
+        )  # fmt: skip
+        return
     merge_splits_kernel[(batch * heads, rows, triton.cdiv(dim, columns))](
-        partial, state[0], state[1], *basis, out if sink_logit is None else sink_logit, *noise, out, lse,
-        splits, H=heads, ROWS=rows, Q_LEN=out.shape[2], DV=dim, BDV=head_block(dim),
-        BS=max(2, triton.next_power_of_2(splits)), BC=columns, SINK_LOGIT=sink_logit is not None,
-        BASIS=tables is not None, **sizes, num_warps=4,
+        *arguments, BS=max(2, triton.next_power_of_2(splits)), BC=columns, BASIS=tables is not None, **fixed,
+        num_warps=4,
     )  # fmt: skip

@@ -10,10 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .anchor_score import TERMS, column_statistic_kernel, query_moment_kernel, tile_sizes
+from .anchor_score import BLOCK, NEAR_BLOCKS, TERMS, column_statistic_kernel, query_moment_kernel, tile_sizes
 from .checks import head_block, mask_arguments, require
 from .decode_plan import MAX_ROWS
+from .softmax import LOG2E
 
+LOGITS_TERMS = ("squared_attention", "accumulated_attention")  # of probabilities alone
+LOGITS_TILE = 128  # tail tokens that a program of `tail_statistic_kernel` takes at a time
 ONE_PROGRAM = 64  # (sequence, kv head) pairs that one program of `append_token` takes together
 
 
@@ -142,6 +145,89 @@ def add_column_statistic(
         G=group, D=dim, DV=value_dim, BD=head_block(dim), BDV=head_block(value_dim), BN=tile, BM=queries, TERM=term,
         CAUSAL=False, MASK=kind, SOFTCAP=softcap is not None, FAR=stride > 1, HAS_FIRST=False, HAS_STATISTIC=True,
         STATIC=True, MOMENT=moment is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def tail_statistic_kernel(
+    p_logits, p_lse, p_query, p_statistic, p_moment, p_lengths, stride_qb, stride_qh, kv_heads, capacity, factor,
+    G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    POWER: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """statistic[bh, j] += w_j sum over the group's heads of p_j^POWER, from logits in units of log 2; the moment too.
+
+    `column_statistic_kernel` for a step whose attention kept the tail's logits: no key is read again.
+    """
+    bh = tl.program_id(0).to(tl.int64)
+    b, h = bh // kv_heads, bh % kv_heads
+    first, tail = tl.load(p_lengths), tl.load(p_lengths + 1)
+    row = tl.arange(0, BG)
+    lse = tl.load(p_lse + bh * G + row, mask=row < G, other=float("inf")) * LOG2E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a head that sees nothing
+    d = tl.arange(0, BD)
+    p_heads = p_query + b * stride_qb + (h * G + row)[:, None] * stride_qh + d[None, :]
+    query = tl.load(p_heads, mask=(row < G)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    squares = tl.load(p_moment + bh * 2) + tl.sum(tl.sum(query * query, 1), 0) * factor
+    count = tl.load(p_moment + bh * 2 + 1) + G
+    newest = first + tail - 1  # the query's own column
+    for start in range(0, tail, BN):
+        token = start + tl.arange(0, BN)
+        m = token < tail
+        at = bh * capacity + token
+        p_tile = p_logits + at[:, None] * ROWS + row[None, :]
+        logits = tl.load(p_tile, mask=m[:, None] & (row < G)[None, :], other=float("-inf"))
+        found = tl.sum(tl.exp2(POWER * (logits - lse[None, :])), 1)
+        if STRIDE > 1:
+            far = newest // BLOCK - (first + token) // BLOCK > NEAR_BLOCKS
+            found *= tl.where(far, tl.where(newest % STRIDE == STRIDE - 1, STRIDE, 0), 1)
+        before = tl.load(p_statistic + at, mask=m, other=0.0)
+        tl.debug_barrier()  # in place: every warp has loaded before one stores
+        tl.store(p_statistic + at, before + found, mask=m)
+    tl.debug_barrier()
+    tl.store(p_moment + bh * 2, squares)
+    tl.store(p_moment + bh * 2 + 1, count)
+
+
+def add_tail_statistic(
+    term: str,
+    logits: torch.Tensor,
+    query: torch.Tensor,
+    lse: torch.Tensor,
+    statistic: torch.Tensor,
+    moment: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    stride: int = 1,
+) -> None:
+    """`add_column_statistic` with a moment, from the logits that `cuda_decode.decode_attention` kept.
+
+    Args:
+        term: "squared_attention" or "accumulated_attention".
+        logits: float32 ``(batch, kv_heads, rows, heads)``, contiguous, in units of log 2, of which the first
+            ``q_heads // kv_heads`` heads count; -inf for what is not seen.
+        query, lse, statistic, moment, lengths, scale, stride: as there.
+
+    Raises:
+        ValueError: for a term, size or dtype that the kernel was not written for.
+    """
+    require(term in LOGITS_TERMS, f"term {term!r} needs more than logits; {' and '.join(LOGITS_TERMS)} do not")
+    batch, q_heads, q_len, dim = query.shape
+    kv_heads, rows, width = logits.shape[1:]
+    group = q_heads // kv_heads
+    require(q_len == 1 and group <= width, f"{q_len} query tokens of {group} heads; one of up to {width} is taken")
+    require(query.stride(3) == 1, "channels must have stride 1")
+    require(logits.dtype == torch.float32 and logits.is_contiguous(), "logits must be contiguous float32")
+    fits = lse.shape == (batch, q_heads, 1) and lse.dtype == torch.float32 and lse.is_contiguous()
+    require(fits, "lse must be contiguous float32, one a query head")
+    fits = statistic.shape == (batch, kv_heads, rows) and statistic.dtype == torch.float32
+    require(fits and statistic.is_contiguous(), f"statistic must be contiguous float32 {(batch, kv_heads, rows)}")
+    _check_moment(moment, batch)
+    _check_lengths(lengths)
+    tail_statistic_kernel[(batch * kv_heads,)](
+        logits, lse, query, statistic, moment, lengths, *query.stride()[:2], kv_heads, rows, scale * scale / dim,
+        G=group, D=dim, BD=head_block(dim), BG=triton.next_power_of_2(group), ROWS=width, BN=LOGITS_TILE,
+        POWER=2 if term == "squared_attention" else 1, STRIDE=stride, num_warps=4,
     )  # fmt: skip
 
 

@@ -97,7 +97,8 @@ DEVICE void load_keys(const void* keys, const int64_t (&row)[2], int is_bfloat, 
 
 // Adds the tokens first..last-1 of a set. Without positions they are consecutive from `first_position` on. Tiles begin
 // with warp `first_warp`, so that a few of several sets go to several warps.
-// INT8 keys are before RoPE, less their mean; others after it.
+// INT8 keys are before RoPE, less their mean; others after it. Logits of the tail, the set without positions, go to
+// `tail_logits` if that is given: who scores the tail needs them when the sum of weights is known.
 template <class S, Kind KIND>
 DEVICE void attend_exact(const Arguments& a, int b, int h, int first, int last, int rows_in_buffer,
                          const int* positions, const void* keys, const void* values, const uint16_t* key_scale,
@@ -167,6 +168,11 @@ DEVICE void attend_exact(const Arguments& a, int b, int h, int first, int last, 
       if (S::SOFTCAP) logits[k] = a.softcap_log2 * tanh_of(logits[k] / a.softcap_log2);
       if (position[k / 2] > last_seen[k % 2]) logits[k] = minus_infinity();
     }
+    if (KIND == PLAIN && !positions && a.tail_logits && 2 * c < S::ROWS)
+      for (int t = 0; t < 2; t++)
+        if (tile + g + 8 * t < last)
+          store_64(a.tail_logits + (((uint32_t)start + tile + g + 8 * t) * S::ROWS + 2 * c), logits[2 * t],
+                   logits[2 * t + 1]);
     for (int k = 0; k < 2; k++) peak[k] = largest(logits[k], logits[2 + k]);
     raise_maximum<4>(peak, sums.maximum, sums.total, sums.out);
     uint32_t prob[2];

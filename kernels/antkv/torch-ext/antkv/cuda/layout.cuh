@@ -26,6 +26,7 @@ struct Arguments {
   const void* sink_values;
   const void* tail_keys;
   const void* tail_values;
+  float* tail_logits;  // (batch, kv_heads, tail_capacity, Shape::ROWS) in units of log 2: null, or where they are kept
   int batch, heads, group, q_len, splits, blocks_per_head;
   int coded, tail, anchors, sinks, capacity, tail_capacity, anchor_capacity, bits_width;
   // is_bfloat: tail and plain sets; anchor_kind: 0 none, 1 int8, 2 plain
