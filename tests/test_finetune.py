@@ -318,11 +318,7 @@ def test_bad_input_is_refused_before_work(codebook, monkeypatch):
         tuned(codebook, sharp_llama(num_hidden_layers=3))
 
 
-def test_command_line(tmp_path, monkeypatch):
-    def short(*arguments, **options):
-        return finetune(*arguments, **options, batch=2)
-
-    monkeypatch.setattr(finetuning, "finetune", short)
+def test_command_line(tmp_path):
     model, tokenizer, text = sharp_llama(), word_tokenizer(), tmp_path / "text.txt"
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -330,7 +326,8 @@ def test_command_line(tmp_path, monkeypatch):
     small = AnTKVConfig.preset("1bit", key="d8b4", value="d8b4", window=16)
     random_codebook(model, small).save_pretrained(tmp_path / "book")
     command = ["calibrate", str(tmp_path / "model"), str(text), "--device", "cpu", "-o", str(tmp_path / "out")]
-    tuning = ["--finetune", "1", "--tokens", "1024", "--finetune-window", "32", "--micro-batch", "2"]
+    tuning = ["--finetune", "1", "--tokens", "1024", "--finetune-window", "32"]
+    tuning += ["--finetune-batch", "2", "--micro-batch", "1"]
     given = ["--from", str(tmp_path / "book")]
     runner = CliRunner()
     assert runner.invoke(app, [*command, *tuning, *given]).exit_code == 0
@@ -348,6 +345,7 @@ def test_command_line(tmp_path, monkeypatch):
         ([*given, *tuning, "--sensitivity", "S128", "--candidate", "1"], "leave out --candidate, --sensitivity"),
         (["--finetune", "1", "--tokens", "9000"], "tokens=9000 are 8 windows of 1024"),
         (["--finetune", "1", "--tokens", "9000"], "or lower --finetune-window"),
+        (["--finetune", "1", "--tokens", "9000", "--finetune-batch", "1"], "8 held-out windows need 9"),
     ):
         result = runner.invoke(app, [*command, *arguments])
         assert result.exit_code == 1 and message in result.stderr

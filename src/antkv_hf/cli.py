@@ -193,8 +193,9 @@ def calibrate(
         int, typer.Option(metavar="STEPS", min=0, help="Then train the tables by distillation, e.g. 150; 0: not.")
     ] = 0,
     finetune_window: Annotated[int, typer.Option(help="Tokens of a window of text that fine-tuning sees.")] = 1024,
+    finetune_batch: Annotated[int, typer.Option(min=1, help="Windows of text in a step of fine-tuning.")] = 8,
     micro_batch: Annotated[
-        int, typer.Option(min=1, help="Windows of fine-tuning, of 8, that run together; fewer take less memory.")
+        int, typer.Option(min=1, help="Windows of such a step that run together; fewer take less memory.")
     ] = 8,
     start: Annotated[
         str | None,
@@ -272,7 +273,7 @@ def calibrate(
             "--layer-bits out, or name --bits for another codebook"
         )
     for _, config, _ in runs if finetune else ():  # before k-means, which takes minutes
-        numbers = Numbers(steps=finetune, tokens=tokens, window=finetune_window)
+        numbers = Numbers(steps=finetune, tokens=tokens, window=finetune_window, batch=finetune_batch)
         numbers.check_text(given.config if given else config, "--finetune-window")
     _check_output(output, [name for name, *_ in runs] if len(runs) > 1 else [])
     mix, window = TextMix.from_sources(texts), 2048 if window is None else window
@@ -293,7 +294,7 @@ def calibrate(
             if finetune:
                 codebook = tune(
                     loaded, tokenizer, mix, codebook, steps=finetune, tokens=tokens, window=finetune_window, seed=seed,
-                    micro_batch=micro_batch, work_dir=work_dir,
+                    batch=finetune_batch, micro_batch=micro_batch, work_dir=work_dir,
                 )  # fmt: skip
             save_codebook(codebook, folder)
             typer.echo(f"wrote {folder} ({codebook.tables_bytes() / 1e6:.1f} MB of tables)")

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import head_block, mask_arguments, register_limit, require
+from .checks import ceil_div, head_block, mask_arguments, power_of_2, register_limit, require
 from .softmax import LOG2E
 
 TERMS = ("squared_attention", "accumulated_attention", "anchor_score")
@@ -333,9 +333,9 @@ def column_statistic(
     group = q_heads // kv_heads
     rows = q_len * group
     columns, queries, warps, stages = tile_sizes(term, head_block(max(dim, value_dim)), query.dtype, rows)
-    blocks = triton.cdiv(kv_len, columns) - first_column // columns
+    blocks = ceil_div(kv_len, columns) - first_column // columns
     if splits is None:
-        splits = _splits(blocks * batch * kv_heads, triton.cdiv(rows, queries), keys.device)
+        splits = _splits(blocks * batch * kv_heads, ceil_div(rows, queries), keys.device)
     limit = {} if term == "anchor_score" else register_limit(warps, keys)
     parts = out if splits == 1 else out.new_empty(splits, batch, kv_heads, n)
     column_statistic_kernel[(blocks * batch * kv_heads, splits)](
@@ -377,12 +377,12 @@ def query_moment(
     batch, q_heads, q_len, dim = query.shape
     moment = _checked_sum("moment", moment, (batch, kv_heads, 2))
     group = q_heads // kv_heads
-    parts = max(1, triton.cdiv(q_len * group, MOMENT_ROWS))
+    parts = max(1, ceil_div(q_len * group, MOMENT_ROWS))
     out = torch.empty(parts, batch, kv_heads, 2, dtype=torch.float32, device=query.device)
     block = head_block(dim)
     query_moment_kernel[(parts, batch * kv_heads)](
         query, first_query, moment, out, *query.stride()[:3], kv_heads, q_len, kv_len - q_len, scale * scale / dim,
-        G=group, D=dim, BD=block, BM=min(32, triton.next_power_of_2(max(1, q_len * group))), ROWS=MOMENT_ROWS,
+        G=group, D=dim, BD=block, BM=min(32, power_of_2(max(1, q_len * group))), ROWS=MOMENT_ROWS,
         HAS_FIRST=first_query is not None, HAS_MOMENT=parts == 1 and moment is not None, IN_PLACE=False, num_warps=4,
     )  # fmt: skip
     return out[0] if parts == 1 else _sum_of_parts(out, moment, torch.empty_like(out[0]))
@@ -394,7 +394,7 @@ def tile_sizes(term: str, block: int, dtype: torch.dtype, rows: int) -> tuple[in
     if dtype == torch.float32:  # exact products run on the ordinary cores: small tiles keep them in registers
         return (32, 16, 4, 1) if block > 64 else (32, 32, 4, 1)
     if rows <= 64:  # decode steps: many small programs, one tile of queries each
-        return 32, max(16, triton.next_power_of_2(rows)), 4, 1
+        return 32, max(16, power_of_2(rows)), 4, 1
     if term == "anchor_score":
         return (64, 32, 8, 1) if wide else (64, 64, 8, 2) if block > 64 else (128, 64, 8, 2)
     return (64, 64, 4, 2) if wide else (128, 64, 8, 3)
@@ -404,7 +404,7 @@ def _splits(programs: int, tiles: int, device: torch.device) -> int:
     """Programs that share the queries of a block of keys: enough for two a processor, where the queries suffice."""
     if device.type != "cuda":
         return 1
-    wanted = triton.cdiv(2 * torch.cuda.get_device_properties(device).multi_processor_count, programs)
+    wanted = ceil_div(2 * torch.cuda.get_device_properties(device).multi_processor_count, programs)
     return max(1, min(wanted, tiles // TILES_PER_SPLIT, MAX_SPLITS))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import triton
 
 
 def require(condition: bool, message: str) -> None:
@@ -12,9 +13,20 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """`a / b` rounded up. (Triton's own is for kernels too, and takes the host ten times as long.)"""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is no less than `n`, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
 def head_block(dim: int) -> int:
     """Channels of a tile that holds a head vector of `dim`: a power of two, at least 32 (a dot takes pairs by 16)."""
-    return max(32, triton.next_power_of_2(dim))
+    return max(32, power_of_2(dim))
 
 
 def register_limit(warps: int, x: torch.Tensor) -> dict[str, int]:

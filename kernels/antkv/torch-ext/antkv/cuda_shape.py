@@ -6,6 +6,7 @@ compiles and launches what they choose.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -130,6 +131,7 @@ def find_shape(
     return shape
 
 
+@functools.lru_cache(maxsize=1024)  # every layer of every step asks
 def plan(
     shape: Shape, coded: int, batch: int, heads: int, processors: int, pairs: bool = True
 ) -> tuple[Shape, int, int]:

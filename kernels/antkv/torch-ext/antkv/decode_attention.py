@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import tables
-from .checks import head_block, mask_arguments, require
+from .checks import head_block, mask_arguments, power_of_2, require
 from .decode_plan import (
     MIN_ROWS,
     check_decode,
@@ -344,7 +344,7 @@ def decode_attention(
     n_anchors = 0 if anchors is None else anchors.positions.shape[2]
     n_sinks = 0 if sinks is None else sinks.positions.shape[2]
     block, value_block = head_block(dim), head_block(value_dim)
-    row_block = max(MIN_ROWS, triton.next_power_of_2(rows))
+    row_block = max(MIN_ROWS, power_of_2(rows))
     dtype = tl.float32 if keys.centroids.dtype == torch.float32 else tl.float16
     splits, lanes, pitch = plan_splits(max(1, n_codes), batch, heads, query.device)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
-from .checks import require
+from .checks import ceil_div, require
 from .dequantize import check_past
 from .past import ExactTokens, QuantizedPast
 
@@ -32,12 +31,12 @@ class Plan(NamedTuple):
 
 def plan_splits(n_codes: int, batch: int, heads: int, device: torch.device) -> Plan:
     """The plan for `n_codes` coded tokens of each of `batch` sequences and `heads` kv heads."""
-    most = min(triton.cdiv(n_codes, MIN_SHARE), MAX_SPLITS)
+    most = min(ceil_div(n_codes, MIN_SHARE), MAX_SPLITS)
     if device.type != "cuda":
         return Plan(min(3, most))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     if batch * heads >= processors // 2:  # many short programs, a head after the other
-        return Plan(min(triton.cdiv(processors * MANY_PROGRAMS, batch * heads), most))
+        return Plan(min(ceil_div(processors * MANY_PROGRAMS, batch * heads), most))
     wanted = max(1, processors * (LONG_PROGRAMS if n_codes > LONG else FEW_PROGRAMS) // (batch * heads))
     programs = wanted * batch * heads
     if n_codes <= LONG and wanted <= most and programs % 2 == 0:  # one wave of pairs
@@ -94,14 +93,18 @@ def check_tail(
     """Raises ValueError unless query, exact tail and sink logits fit together; arguments are those of the launchers."""
     batch, q_heads, _, dim = query.shape
     heads, tail, value_dim = tail_keys.shape[1], tail_keys.shape[2], tail_values.shape[3]
-    require(q_heads % heads == 0, f"{q_heads} query heads do not share {heads} kv heads evenly")
-    require(query.stride(3) == 1, f"query has stride {query.stride(3)} in its last dimension; it must be 1")
+    if q_heads % heads:
+        raise ValueError(f"{q_heads} query heads do not share {heads} kv heads evenly")
+    if query.stride(3) != 1:
+        raise ValueError(f"query has stride {query.stride(3)} in its last dimension; it must be 1")
     for name, part, size in (("keys", tail_keys, dim), ("values", tail_values, value_dim)):
-        want = (batch, heads, tail, size)
-        require(tuple(part.shape) == want, f"tail {name} have shape {tuple(part.shape)}; {want} is needed")
-        require(part.is_contiguous(), f"tail {name} must be contiguous, not of strides {part.stride()}")
-    require(tail_keys.dtype == tail_values.dtype, f"tail keys are {tail_keys.dtype}, values {tail_values.dtype}")
-    fits = sink_logit is None or (tuple(sink_logit.shape) == (q_heads,) and sink_logit.is_contiguous())
+        if part.shape != (want := (batch, heads, tail, size)):
+            raise ValueError(f"tail {name} have shape {tuple(part.shape)}; {want} is needed")
+        if not part.is_contiguous():
+            raise ValueError(f"tail {name} must be contiguous, not of strides {part.stride()}")
+    if tail_keys.dtype != tail_values.dtype:
+        raise ValueError(f"tail keys are {tail_keys.dtype}, values {tail_values.dtype}")
+    fits = sink_logit is None or (sink_logit.shape == (q_heads,) and sink_logit.is_contiguous())
     require(fits, f"sink_logit must be contiguous and of shape ({q_heads},)")
 
 
@@ -125,15 +128,15 @@ def check_decode(
     keys, values = past.key_tables, past.value_tables
     check_past(past)
     check_tail(query, tail_keys, tail_values, sink_logit)
-    tables_of = tuple(keys.mean.shape), tuple(values.mean.shape)
-    fits = tables_of == ((heads, dim), (heads, value_dim))
-    require(fits, f"tables of {tables_of}, query and tail of {heads} x {dim}")
+    tables_of = keys.mean.shape, values.mean.shape
+    if tables_of != ((heads, dim), (heads, value_dim)):
+        raise ValueError(f"tables of {tuple(map(tuple, tables_of))}, query and tail of {heads} x {dim}")
     require(keys.centroids.dtype == values.centroids.dtype, "key and value tables have different dtypes")
-    bits = (batch, heads, triton.cdiv(past.capacity, 8))
-    fits = tuple(past.exact_bits.shape) == bits and past.exact_bits.is_contiguous()
-    require(fits, f"exact_bits have shape {tuple(past.exact_bits.shape)}; {bits}, contiguous, is needed")
-    fits = out is None or (out.shape == (batch, q_heads, q_len, value_dim) and out.is_contiguous())
-    require(fits, f"out must be contiguous and of shape {(batch, q_heads, q_len, value_dim)}")
+    bits = (batch, heads, ceil_div(past.capacity, 8))
+    if past.exact_bits.shape != bits or not past.exact_bits.is_contiguous():
+        raise ValueError(f"exact_bits have shape {tuple(past.exact_bits.shape)}; {bits}, contiguous, is needed")
+    if out is not None and (out.shape != (batch, q_heads, q_len, value_dim) or not out.is_contiguous()):
+        raise ValueError(f"out must be contiguous and of shape {(batch, q_heads, q_len, value_dim)}")
     lengths = past.lengths
     fits = lengths is None or (lengths.shape == (3,) and lengths.dtype == torch.int32 and lengths.is_contiguous())
     require(fits, "lengths must be contiguous, int32 and of shape (3,)")

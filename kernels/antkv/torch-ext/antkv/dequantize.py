@@ -8,11 +8,13 @@ with t the token's index and R(a) the rotation by angle a. Exact tokens are writ
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from .checks import head_block, require
+from .checks import ceil_div, head_block, power_of_2, require
 from .past import ExactTokens, QuantizedPast
 from .tables import Codes
 from .tiles import first_codes, gather_latent, turned
@@ -204,9 +206,9 @@ def dequantize(
 def _launch_keys(past: QuantizedPast, start: int, keys: torch.Tensor) -> None:
     batch, heads, count, dim = keys.shape
     tables, codes = past.key_tables, past.key_tables.codes
-    groups = triton.next_power_of_2(codes.groups)
+    groups = power_of_2(codes.groups)
     tile = min(64, TILE // (groups * codes.sub_dim))
-    dequantize_keys_kernel[(triton.cdiv(count, tile), batch * heads)](
+    dequantize_keys_kernel[(ceil_div(count, tile), batch * heads)](
         past.key_codes, tables.centroids, tables.mean, tables.channels, tables.frequency, tables.pair_scale,
         past.offset, keys, start, count, past.capacity, heads, *keys.stride()[:3],
         D=dim, GROUPS=codes.groups, BG=groups, STAGES=codes.stages, CODE_BITS=codes.code_bits, SUB_DIM=codes.sub_dim,
@@ -221,7 +223,7 @@ def _launch_values(past: QuantizedPast, start: int, values: torch.Tensor) -> Non
     # TF32 rounds the basis to 2^-11, as far as 16 bits round the result; a float32 model gets exact products.
     precision = "ieee" if values.dtype == torch.float32 or torch.version.hip is not None else "tf32"
     tile = 64 if groups * codes.sub_dim <= 128 else 32
-    dequantize_values_kernel[(triton.cdiv(count, tile), batch * heads)](
+    dequantize_values_kernel[(ceil_div(count, tile), batch * heads)](
         past.value_codes, tables.centroids, tables.mean, tables.synthesis, values,
         start, count, past.capacity, heads, *values.stride()[:3],
         DV=dim, GROUPS=codes.groups, BG=groups, STAGES=codes.stages, CODE_BITS=codes.code_bits, SUB_DIM=codes.sub_dim,
@@ -235,7 +237,7 @@ def _launch_exact(past: QuantizedPast, tokens: ExactTokens, start: int, keys: to
     if slots == 0:
         return
     tile = 16
-    write_exact_kernel[(triton.cdiv(slots, tile), batch * heads)](
+    write_exact_kernel[(ceil_div(slots, tile), batch * heads)](
         tokens.positions, tokens.keys, tokens.values, tokens.key_scale, tokens.value_scale,
         tables.mean, tables.channels, tables.frequency, tables.pair_scale, past.offset,
         keys, values, start, start + count, slots, heads, *keys.stride()[:3], *values.stride()[:3],
@@ -245,42 +247,47 @@ def _launch_exact(past: QuantizedPast, tokens: ExactTokens, start: int, keys: to
 
 
 def check_past(past: QuantizedPast) -> None:
+    """Raises ValueError unless the past's tensors fit together. Every layer of every step asks: no message is made
+    before it is needed."""
     batch, heads, length = past.key_codes.shape[:3]
     for name, codes, tables in (
         ("key", past.key_codes, past.key_tables),
         ("value", past.value_codes, past.value_tables),
     ):
-        cut, dim = tables.codes, tables.mean.shape[1]
+        cut, centroids, (table_heads, dim) = tables.codes, tables.centroids, tables.mean.shape
         _check_codes(name, cut, dim)
-        require(codes.dtype == torch.uint8, f"{name}_codes are {codes.dtype}; uint8 is needed")
-        shape = (batch, heads, length, cut.width)
-        require(tuple(codes.shape) == shape, f"{name}_codes have shape {tuple(codes.shape)}; {shape} is needed")
-        require(
-            tables.mean.shape[0] == heads, f"{name} tables are of {tables.mean.shape[0]} kv heads, codes of {heads}"
-        )
-        size = (heads, cut.groups, cut.stages, 1 << cut.code_bits, cut.sub_dim)
-        found = tuple(tables.centroids.shape)
-        require(found == size, f"{name} centroids have shape {found}; {size} is needed")
-        allowed = tables.centroids.dtype in (torch.float16, torch.float32)
-        require(allowed, f"{name} centroids are {tables.centroids.dtype}; float16 or float32 is needed")
-        for tensor in (codes, *(t for t in tables if isinstance(t, torch.Tensor))):
-            require(tensor.is_contiguous(), f"{name} codes and tables must be contiguous, not of {tensor.stride()}")
-    require(past.offset.shape == (batch,), f"offset has shape {tuple(past.offset.shape)}; ({batch},) is needed")
+        if codes.dtype != torch.uint8:
+            raise ValueError(f"{name}_codes are {codes.dtype}; uint8 is needed")
+        if codes.shape != (shape := (batch, heads, length, cut.width)):
+            raise ValueError(f"{name}_codes have shape {tuple(codes.shape)}; {shape} is needed")
+        if table_heads != heads:
+            raise ValueError(f"{name} tables are of {table_heads} kv heads, codes of {heads}")
+        if centroids.shape != (size := (heads, cut.groups, cut.stages, 1 << cut.code_bits, cut.sub_dim)):
+            raise ValueError(f"{name} centroids have shape {tuple(centroids.shape)}; {size} is needed")
+        if centroids.dtype not in (torch.float16, torch.float32):
+            raise ValueError(f"{name} centroids are {centroids.dtype}; float16 or float32 is needed")
+        for tensor in (codes, *tables):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
+                raise ValueError(f"{name} codes and tables must be contiguous, not of {tensor.stride()}")
+    if past.offset.shape != (batch,):
+        raise ValueError(f"offset has shape {tuple(past.offset.shape)}; ({batch},) is needed")
     for tokens in past.exact:
         slots = (batch, heads, tokens.positions.shape[2])
         sizes = slots, (*slots, past.key_tables.mean.shape[1]), (*slots, past.value_tables.mean.shape[1])
         for tensor, size in zip((tokens.positions, tokens.keys, tokens.values), sizes):
-            fits = tuple(tensor.shape) == size and tensor.is_contiguous()
-            require(fits, f"exact tokens of shape {tuple(tensor.shape)}: {size}, contiguous, is needed")
-        require(tokens.positions.dtype == torch.int32, f"positions are {tokens.positions.dtype}; int32 is needed")
+            if tensor.shape != size or not tensor.is_contiguous():
+                raise ValueError(f"exact tokens of shape {tuple(tensor.shape)}: {size}, contiguous, is needed")
+        if tokens.positions.dtype != torch.int32:
+            raise ValueError(f"positions are {tokens.positions.dtype}; int32 is needed")
         scaled = tokens.key_scale is not None and tokens.value_scale is not None
-        is_int8 = tokens.keys.dtype == tokens.values.dtype == torch.int8
-        require(scaled == is_int8, f"exact tokens in {tokens.keys.dtype}: int8 ones, and only those, need scales")
+        if scaled != (tokens.keys.dtype == tokens.values.dtype == torch.int8):
+            raise ValueError(f"exact tokens in {tokens.keys.dtype}: int8 ones, and only those, need scales")
         for scale in (tokens.key_scale, tokens.value_scale):
-            fits = scale is None or (tuple(scale.shape) == (*slots, 1) and scale.is_contiguous())
-            require(fits, f"scales of exact tokens must be contiguous and of shape {(*slots, 1)}")
+            if scale is not None and (scale.shape != (*slots, 1) or not scale.is_contiguous()):
+                raise ValueError(f"scales of exact tokens must be contiguous and of shape {(*slots, 1)}")
 
 
+@functools.lru_cache(maxsize=256)
 def _check_codes(name: str, codes: Codes, dim: int) -> None:
     require(codes.code_bits in CODE_BITS, f"{name} codes of {codes.code_bits} bits have no kernel; {CODE_BITS} have")
     require(codes.sub_dim in SUB_DIMS, f"{name} sub_dim={codes.sub_dim} has no kernel; {SUB_DIMS} have")

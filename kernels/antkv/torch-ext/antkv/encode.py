@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import head_block, register_limit, require
+from .checks import ceil_div, head_block, power_of_2, register_limit, require
 from .tables import Codes, KeyTables, ValueTables
 from .tiles import first_codes, gather_latent, sin_cos
 
@@ -267,12 +267,12 @@ def encode_keys(
     codes = torch.empty(batch, kv_heads, n, tables.codes.width, dtype=torch.uint8, device=keys.device)
     small = batch * kv_heads * n <= SMALL or keys.dtype == torch.float32
     chunk, constants = _search_constants(tables.codes, keys, small)
-    chunks = triton.cdiv(tables.codes.groups, chunk)
+    chunks = ceil_div(tables.codes.groups, chunk)
     error = torch.empty(chunks, batch, kv_heads, n, dtype=torch.float32, device=keys.device)
     if n == 0:
         return codes, error[0]
     block, warps = (32, 4) if small else TILE[:2]
-    encode_keys_kernel[(triton.cdiv(n, block), chunks, batch * kv_heads)](
+    encode_keys_kernel[(ceil_div(n, block), chunks, batch * kv_heads)](
         keys, offset, tables.centroids, tables.encode_centroids, tables.encode_bias, tables.mean, tables.channels,
         tables.frequency, tables.pair_scale, codes, error, *keys.stride()[:3], kv_heads, n, positions_start,
         D=dim, ROTATES=tables.rotates, BT=block, **constants, **register_limit(warps, keys), num_warps=warps,
@@ -308,7 +308,7 @@ def encode_values(values: torch.Tensor, tables: ValueTables) -> tuple[torch.Tens
     small = batch * kv_heads * n <= SMALL or padded > 128 or values.dtype == torch.float32
     chunk, constants = _search_constants(tables.codes, values, small)
     block, warps = (32, 4) if small else TILE[:2]
-    grid = triton.cdiv(n, block), triton.cdiv(tables.codes.groups, chunk), batch * kv_heads
+    grid = ceil_div(n, block), ceil_div(tables.codes.groups, chunk), batch * kv_heads
     encode_values_kernel[grid](
         values, tables.centroids, tables.encode_centroids, tables.encode_bias, tables.mean, tables.analysis, codes,
         *values.stride()[:3], kv_heads, n, D=dim, BD=padded, BT=block, **constants, **register_limit(warps, values),
@@ -328,14 +328,14 @@ def _search_constants(codes: Codes, x: torch.Tensor, small: bool) -> tuple[int, 
     Groups come by a multiple of 4, so that the codes of a program fill whole bytes whatever their bits.
     """
     few = x.shape[0] * x.shape[1] * x.shape[2] <= SMALL
-    chunk = 4 if few else max(4, SLOTS // triton.next_power_of_2(codes.stages))
-    chunk = min(chunk, max(4, triton.next_power_of_2(codes.groups)))
+    chunk = 4 if few else max(4, SLOTS // power_of_2(codes.stages))
+    chunk = min(chunk, max(4, power_of_2(codes.groups)))
     exact = x.dtype == torch.float32 or torch.version.hip is not None  # TF32 keeps float16's bits and float32's range
     return chunk, dict(
         GROUPS=codes.groups, STAGES=codes.stages, CODE_BITS=codes.code_bits, SUB_DIM=codes.sub_dim, WIDTH=codes.width,
         PRECISION="ieee" if exact else "tf32", BS=max(16, codes.sub_dim),
         BC=min(32 if exact else 64 if small else TILE[2], 1 << codes.code_bits), BG=chunk,
-        SP=triton.next_power_of_2(chunk * codes.stages),
+        SP=power_of_2(chunk * codes.stages),
     )  # fmt: skip
 
 

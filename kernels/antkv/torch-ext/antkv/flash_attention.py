@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import head_block, mask_arguments, require
+from .checks import ceil_div, head_block, mask_arguments, power_of_2, require
 from .softmax import LOG2E
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -164,7 +164,7 @@ def flash_attention(
         return out, lse
     tile_q, tile_k, warps, stages = _tiles(max(dim, value_dim), query.dtype, q_len, mask is not None)
     with torch.cuda.device_of(query):
-        flash_attention_kernel[(triton.cdiv(q_len, tile_q) * batch * q_heads,)](
+        flash_attention_kernel[(ceil_div(q_len, tile_q) * batch * q_heads,)](
             query, keys, values, p_mask, out, lse, q_len, kv_len, q_heads, q_heads // keys.shape[1],
             0 if causal_offset is None else causal_offset, float(scale), float(softcap or 1.0),
             *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *mask_strides, *out.stride()[:3],
@@ -252,7 +252,7 @@ def _tiles(dim: int, dtype: torch.dtype, q_len: int, masked: bool) -> tuple[int,
         stages = max(stages - 1, 1)
     if torch.version.hip is not None:  # 64 KB of shared memory
         stages = min(stages, 2)
-    return min(queries, max(16, triton.next_power_of_2(q_len))), keys, warps, stages
+    return min(queries, max(16, power_of_2(q_len))), keys, warps, stages
 
 
 def _check(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import head_block, require
+from .checks import ceil_div, head_block, power_of_2, require
 from .softmax import LOG2E
 from .tables import KeyTables, ValueTables
 
@@ -241,12 +241,12 @@ def merge_splits(
         # Three products of TF32 keep what float32 has, but for the last bits; other makers' units have float32's.
         precision = "ieee" if torch.version.hip is not None else "tf32x3"
         del fixed["BD"]
-        merge_tiles_kernel[(triton.cdiv(batch * rows, ROWS_OF_A_TILE), heads)](
+        merge_tiles_kernel[(ceil_div(batch * rows, ROWS_OF_A_TILE), heads)](
             *arguments, batch * rows, BM=ROWS_OF_A_TILE, BK=CHANNELS_OF_A_STEP, PRECISION=precision, **fixed,
             num_warps=4,
         )  # fmt: skip
         return
-    merge_splits_kernel[(batch * heads, rows, triton.cdiv(dim, columns))](
-        *arguments, BS=max(2, triton.next_power_of_2(splits)), BC=columns, BASIS=tables is not None, **fixed,
+    merge_splits_kernel[(batch * heads, rows, ceil_div(dim, columns))](
+        *arguments, BS=max(2, power_of_2(splits)), BC=columns, BASIS=tables is not None, **fixed,
         num_warps=4,
     )  # fmt: skip

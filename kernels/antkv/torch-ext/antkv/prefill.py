@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import head_block, require
+from .checks import ceil_div, head_block, require
 from .dequantize import dequantize
 from .flash_attention import cudnn_answers, exact_attention
 from .past import QuantizedPast
@@ -116,7 +116,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
         return new_lse
     tile = 32
     with torch.cuda.device_of(out):
-        merge_segments_kernel[(triton.cdiv(q_len, tile), batch * q_heads)](
+        merge_segments_kernel[(ceil_div(q_len, tile), batch * q_heads)](
             out, lse, part, part_lse, new_lse, q_len, q_heads, *out.stride()[:3], *part.stride()[:3],
             DV=dim, BDV=head_block(dim), BM=tile, num_warps=4,
         )  # fmt: skip
@@ -277,5 +277,5 @@ def _raised(
 def _segment_length(coded: int, batch: int, segment: int) -> int:
     """Tokens of a segment of each sequence: about as many in each, so that the last one is not a short one."""
     most = segment if batch == 1 else min(segment, max(MIN_SEGMENT, segment // batch))
-    count = triton.cdiv(coded, most)
-    return min(most, triton.cdiv(triton.cdiv(coded, count), 128) * 128)
+    count = ceil_div(coded, most)
+    return min(most, ceil_div(ceil_div(coded, count), 128) * 128)

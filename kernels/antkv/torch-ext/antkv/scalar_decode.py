@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import head_block, mask_arguments, require
+from .checks import ceil_div, head_block, mask_arguments, power_of_2, require
 from .decode_attention import MAX_DIM, attend_exact
 from .decode_plan import (
     MIN_ROWS,
@@ -292,7 +292,7 @@ def scalar_decode_attention(
     anchors, sinks = sort_exact(past.exact)
     counts = [0 if tokens is None else tokens.positions.shape[2] for tokens in (anchors, sinks)]
     block, value_block = head_block(dim), head_block(value_dim)
-    row_block = max(MIN_ROWS, triton.next_power_of_2(rows))
+    row_block = max(MIN_ROWS, power_of_2(rows))
     dtype = triton_dtype(past.pairs.turns.dtype)
     splits = min(plan_splits(n_codes, batch, heads, query.device)[0], n_groups)
 
@@ -312,7 +312,7 @@ def scalar_decode_attention(
         n_codes, n_groups, *counts, tail, splits, past.exact_bits.shape[-1], scale, softcap or 0.0,
         H=heads, GROUP=group, Q_LEN=q_len, BR=row_block, D=dim, DV=value_dim, BD=block, BDV=value_block,
         BN=tokens_of_tile, BM=16, K_BITS=past.key_bits, K_WIDTH=past.key_codes.shape[3], V_BITS=past.value_bits,
-        V_WIDTH=past.value_codes.shape[3], V_GROUPS=triton.cdiv(value_dim, past.value_group),
+        V_WIDTH=past.value_codes.shape[3], V_GROUPS=ceil_div(value_dim, past.value_group),
         V_SIZE=min(past.value_group, value_block), DTYPE=dtype, ANCHOR_DTYPE=dot_dtype(anchors, dtype),
         SINK_DTYPE=dot_dtype(sinks, dtype), TAIL_DTYPE=triton_dtype(tail_keys.dtype),
         ANCHORS="none" if anchors is None else "plain" if anchors.key_scale is None else "int8",
@@ -335,13 +335,13 @@ def check_scalar_past(past: ScalarPast, batch: int, heads: int, dim: int, value_
         require(
             size % 8 == 0 and size <= MAX_DIM, f"{name} head size {size} has no kernel; multiples of 8 to {MAX_DIM}"
         )
-    value_bytes = value_dim * past.value_bits // 8 + 4 * triton.cdiv(value_dim, past.value_group)
+    value_bytes = value_dim * past.value_bits // 8 + 4 * ceil_div(value_dim, past.value_group)
     shapes = {
         "key_codes": (batch, heads, n, dim * past.key_bits // 8), "value_codes": (batch, heads, n, value_bytes),
         "starts": (groups,), "scale": (batch, heads, groups, dim), "zero": (batch, heads, groups, dim),
         "key_mean": (batch, heads, dim), "value_mean": (batch, heads, value_dim),
         "value_std": (batch, heads, value_dim),
-        "exact_bits": (batch, heads, triton.cdiv(n, 8)), "offset": (batch,),
+        "exact_bits": (batch, heads, ceil_div(n, 8)), "offset": (batch,),
     }  # fmt: skip
     for name, shape in shapes.items():
         tensor = getattr(past, name)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .anchor_score import BLOCK, NEAR_BLOCKS, TERMS, column_statistic_kernel, query_moment_kernel, tile_sizes
-from .checks import head_block, mask_arguments, require
+from .checks import ceil_div, head_block, mask_arguments, power_of_2, require
 from .decode_plan import MAX_ROWS
 from .softmax import LOG2E
 
@@ -73,8 +73,8 @@ def append_token(
     value_dim = values.shape[3]
     pairs = batch * heads
     together = pairs <= ONE_PROGRAM
-    block = triton.next_power_of_2(pairs) if together else 1
-    append_token_kernel[(triton.cdiv(pairs, block),)](
+    block = power_of_2(pairs) if together else 1
+    append_token_kernel[(ceil_div(pairs, block),)](
         new_keys, new_values, keys, values, lengths, *new_keys.stride()[:2], *new_values.stride()[:2], heads, rows,
         pairs, D=dim, DV=value_dim, BD=head_block(dim), BDV=head_block(value_dim), BH=block, ADVANCE=together,
         num_warps=8 if block > 16 else 4 if block > 1 else 1,
@@ -130,7 +130,7 @@ def add_column_statistic(
     columns = rows if mask is None else mask.shape[-1]
     mask, kind, mask_strides = mask_arguments(mask, batch, q_heads, 1, columns)
     tile, queries, warps, stages = tile_sizes(term, head_block(max(dim, value_dim)), query.dtype, group)
-    blocks = triton.cdiv(rows, tile) + 1  # they are cut at absolute columns
+    blocks = ceil_div(rows, tile) + 1  # they are cut at absolute columns
     if moment is not None:
         _check_moment(moment, batch)
         if queries < group:  # a tile of float32 does not hold so many heads
@@ -226,7 +226,7 @@ def add_tail_statistic(
     _check_lengths(lengths)
     tail_statistic_kernel[(batch * kv_heads,)](
         logits, lse, query, statistic, moment, lengths, *query.stride()[:2], kv_heads, rows, scale * scale / dim,
-        G=group, D=dim, BD=head_block(dim), BG=triton.next_power_of_2(group), ROWS=width, BN=LOGITS_TILE,
+        G=group, D=dim, BD=head_block(dim), BG=power_of_2(group), ROWS=width, BN=LOGITS_TILE,
         POWER=2 if term == "squared_attention" else 1, STRIDE=stride, num_warps=4,
     )  # fmt: skip
 
@@ -250,7 +250,7 @@ def add_query_moment(query: torch.Tensor, scale: float, moment: torch.Tensor) ->
     _check_moment(moment, batch)
     query_moment_kernel[(1, batch * kv_heads)](
         query, None, moment, moment, *query.stride()[:3], kv_heads, 1, 0, scale * scale / dim,
-        G=group, D=dim, BD=head_block(dim), BM=min(32, triton.next_power_of_2(group)), ROWS=MAX_ROWS,
+        G=group, D=dim, BD=head_block(dim), BM=min(32, power_of_2(group)), ROWS=MAX_ROWS,
         HAS_FIRST=False, HAS_MOMENT=True, IN_PLACE=True, num_warps=4,
     )  # fmt: skip
 
