@@ -77,4 +77,6 @@ def _problem(launch: dict) -> str | None:
         argument = None  # 32 tokens x 8 rows, at head size 256 or in groups of 32: no MFMA is that small; but slow
     if argument is not None and launch["types"][argument] in ("*fp16", "*bf16") and not launch["matrix"]:
         return "16-bit products are not done by matrix units"
+    if launch["kernel"] == "merge_tiles_kernel" and launch["target"].startswith("sm_") and not launch["matrix"]:
+        return "products in TF32 are not done by matrix units"
     return None

@@ -241,51 +241,6 @@ def test_lengths_on_the_device_and_hidden_padding(key, value, emulated):
         assert_near(out, expected, 2e-3)
 
 
-def check_kept_logits(kept, query, keys, tail, offset, scale, softcap=None):
-    """`kept` holds the logits of the first `tail` keys for each query head, -inf for padding, and NaN beyond."""
-    heads, group = keys.shape[1], query.shape[1] // keys.shape[1]
-    logits = query.float().unflatten(1, (heads, group)).squeeze(3) @ keys[:, :, :tail].float().mT * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits * cuda_decode.LOG2E
-    for b, first in enumerate(offset):
-        logits[b, ..., :first] = float("-inf")
-    assert_near(kept[:, :, :tail, :group].mT, logits, 3e-3)
-    assert kept[:, :, tail:].isnan().all()
-
-
-KEPT = [
-    ("d8b8", 4, None, 1),
-    ("d4b8s2", 3, 5.0, 2),
-    ("d32b8", 8, None, 3),
-]  # codes, query heads a kv head, softcap, splits
-
-
-@needs_compiler
-@pytest.mark.parametrize("spec, group, softcap, splits", KEPT)
-def test_logits_of_the_tail_are_kept(spec, group, softcap, splits, emulated):
-    """Of a tail longer than a tile, where part of it is padding; in one team and in several."""
-    snapshot = random_snapshot(random_codec(spec, spec, 2, 64), 2, 32, 53, torch.float16, offset=(0, 50))
-    past = quantized_past(snapshot)._replace(lengths=None)
-    query = torch.randn(2, 2 * group, 1, 64).half()
-    room = [torch.nn.functional.pad(x, (0, 0, 0, 11)) for x in (snapshot.tail_keys, snapshot.tail_values)]
-    anchors = sum(tokens.positions.shape[2] for tokens in past.exact if tokens.key_scale is not None)
-    past = past._replace(coded=32, lengths=torch.tensor([32, 53, anchors], dtype=torch.int32))
-    one = find_shape(*tables(past), group, softcap is not None)
-    for shape in {one, one.in_teams}:
-        kept = torch.full((2, 2, 64, shape.rows), float("nan"))
-        out, lse = emulate(
-            emulated(shape), shape, query, past, room, scale=0.1, softcap=softcap, splits=splits, is_causal=False,
-            hides_padding=True, tail_logits=kept,
-        )  # fmt: skip
-        check_kept_logits(kept, query, room[0], 53, (0, 50 - 32), 0.1, softcap)
-        plain = emulate(
-            emulated(shape), shape, query, past, room, scale=0.1, softcap=softcap, splits=splits, is_causal=False,
-            hides_padding=True,
-        )  # fmt: skip
-        assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
-
-
 @needs_compiler
 def test_nothing_is_coded_yet(emulated):
     """A step that was planned for more tokens than there are: only the tail counts."""
@@ -332,27 +287,11 @@ def test_a_step_finds_its_kernel_once(monkeypatch):
     past = quantized_past(random_snapshot(codec, 1, 32, 3, torch.float16))
     shape, asked = find_shape(*tables(past), 4, True), []
     monkeypatch.setattr(cuda_decode, "kernel_for", lambda *arguments: asked.append(arguments[2]) or shape)
-    monkeypatch.setattr(cuda_decode, "decode_attention", lambda *arguments, **options: options)
+    monkeypatch.setattr(cuda_decode, "decode_attention", lambda *arguments, **options: (options, "lse"))
     query = torch.randn(1, 8, 1, 64).half()
     monkeypatch.setattr("antkv_hf.attention.cuda_backend.MIN_TOKENS", 32)
     answer = CudaBackend(codec, torch.float16).decode_attention(query, past, None, None, softcap=20.0, scale=0.125)
-    assert answer == dict(shape=shape, softcap=20.0, scale=0.125) and asked == [True]
-
-
-@pytest.mark.parametrize("term, kept", [("squared_attention", True), ("anchor_score", False), (None, False)])
-def test_a_step_keeps_logits_for_scores_that_need_no_more(term, kept, monkeypatch):
-    monkeypatch.setattr(cuda_decode, "shared_memory", lambda device: SHARED_MEMORY)
-    codec = random_codec("d8b8", "d8b8", 2, 64)
-    past = quantized_past(random_snapshot(codec, 1, 32, 3, torch.float16))
-    shape, given = find_shape(*tables(past), 4, False), []
-    monkeypatch.setattr(cuda_decode, "kernel_for", lambda *arguments: shape)
-    monkeypatch.setattr(cuda_decode, "decode_attention", lambda *a, **options: given.append(options) or ("out", "lse"))
-    monkeypatch.setattr("antkv_hf.attention.cuda_backend.MIN_TOKENS", 32)
-    tail = torch.zeros(1, 2, 9, 64).half()
-    step = CudaBackend(codec, torch.float16).step_attention
-    out, lse, logits = step(torch.randn(1, 8, 1, 64).half(), past, tail, tail, term=term, scale=0.125)
-    assert (out, lse) == ("out", "lse") and given[0].get("tail_logits") is logits
-    assert (logits is not None) == kept and (not kept or logits.shape == (1, 2, 9, 4))
+    assert answer == (dict(shape=shape, tail_logits=None, softcap=20.0, scale=0.125), "lse") and asked == [True]
 
 
 # A shape, and bytes of registers that ptxas may put into memory for it.
@@ -420,12 +359,8 @@ def test_teams_on_a_gpu(case, splits, blocks, gpu, monkeypatch):
 @pytest.mark.parametrize("key, value", LENGTHS)
 def test_lengths_on_a_gpu(key, value, gpu):
     query, past, tail, expected = padded_case(key, value, "cuda")
-    kept = torch.full((*tail[0].shape[:3], 4), float("nan"), device="cuda")
-    out, _ = cuda_decode.decode_attention(query, past, *tail, scale=0.125, is_causal=False, tail_logits=kept)
+    out, _ = cuda_decode.decode_attention(query, past, *tail, scale=0.125, is_causal=False)
     assert_near(out, expected, 3e-3)
-    check_kept_logits(kept, query, tail[0], 7, (0, 0), 0.125)
-    with pytest.raises(ValueError, match="not float32 .2, 2, 16, 4. in order"):
-        cuda_decode.decode_attention(query, past, *tail, scale=0.125, tail_logits=kept[..., :3])
 
 
 @pytest.mark.gpu

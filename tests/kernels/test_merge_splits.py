@@ -19,6 +19,7 @@ CASES = [
     (3, 3, 3, 80, "d8b8", 2, False, None),
     (17, 2, 1, 64, "d32b8", 1, False, 1.0),
     (2, 2, 1, 128, "d32b8", 2, False, 1.0),
+    (1, 6, 2, 256, "d16b8", 5, True, 1.0),
 ]
 
 
@@ -45,6 +46,7 @@ def check(case, tiles: bool, monkeypatch, device: str = "cpu") -> None:
     batch, group, q_len, dim, spec, splits, sink, noise = case
     heads, rows = 2, group * q_len
     monkeypatch.setattr(module, "TILES_FROM", 1 if tiles else 10**9)
+    monkeypatch.setattr(module, "TILE_SPLITS", 128)
     codec = random_codec(spec, spec, heads, dim, device=device, noise=noise is not None)
     if noise is not None:
         codec.key.noise *= noise
@@ -52,8 +54,8 @@ def check(case, tiles: bool, monkeypatch, device: str = "cpu") -> None:
     g = torch.Generator().manual_seed(dim + splits)
     partial = torch.randn(batch, heads, 2 * splits, rows, dim, generator=g)
     state = torch.rand(2, batch, heads, 2 * splits, rows, generator=g) * 3
-    empty = [(0, slice(None)), (1, slice(splits)), (2 % batch, slice(splits, None))]  # nothing, no codes, codes alone
-    for b, parts in empty:
+    empty = [(0, slice(None)), (1, slice(splits)), (2, slice(splits, None))]  # nothing, no codes, codes alone
+    for b, parts in empty[:batch]:
         partial[b, :, parts, 0], state[0, b, :, parts, 0], state[1, b, :, parts, 0] = 0, float("-inf"), 0
     partial, state = partial.to(device), state.to(device)
     query = torch.randn(batch, q_len, heads * group, dim, generator=g).to(device).transpose(1, 2)

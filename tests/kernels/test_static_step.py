@@ -177,6 +177,8 @@ TAIL_STATISTICS = [
     ("squared_attention", 4, 32, None),
     ("accumulated_attention", 3, 24, None),
     ("squared_attention", 8, 64, 5.0),
+    ("squared_attention", 1, 32, None),
+    ("squared_attention", 6, 32, None),
 ]
 MOMENTS = [(1, 32), (4, 64), (3, 24), (64, 128)]  # query heads a group, head size; the last has a launch of its own
 
@@ -187,12 +189,14 @@ def test_moment_with_the_statistic(group, dim, dtype):
     check_moment(group, dim, dtype)
 
 
-def check_tail_statistic(term: str, group: int, dim: int, softcap: float | None, device: str = "cpu") -> None:
+def check_tail_statistic(
+    term: str, group: int, dim: int, softcap: float | None, dtype: torch.dtype = torch.float16, device: str = "cpu"
+) -> None:
     """From logits, the statistic and the moment are those that the tail's keys give."""
     batch, heads, rows, tail, first = 2, 3, 500, 410, 96  # some keys are far from the query
     g = torch.Generator().manual_seed(group)
-    query = torch.randn(batch, 1, heads * group, dim, generator=g).to(device).half().transpose(1, 2)
-    tails = [torch.randn(batch, heads, rows, dim, generator=g).to(device).half() for _ in range(2)]
+    query = torch.randn(batch, 1, heads * group, dim, generator=g).to(device, dtype).transpose(1, 2)
+    tails = [torch.randn(batch, heads, rows, dim, generator=g).to(device, dtype) for _ in range(2)]
     offset = torch.tensor([0, first + 9], device=device)
     lengths = torch.tensor([first, tail, 0], dtype=torch.int32, device=device)
     logits = query.float().unflatten(1, (heads, group)).squeeze(3) @ tails[0].float().mT * 0.1
@@ -237,6 +241,10 @@ def test_statistic_from_logits_refuses_what_does_not_fit():
         add_tail_statistic("anchor_score", logits, *arguments, scale=1.0)
     with pytest.raises(ValueError, match="1 query tokens of 2 heads; one of up to 1 is taken"):
         add_tail_statistic("squared_attention", logits[..., :1], *arguments, scale=1.0)
+    with pytest.raises(ValueError, match="logits of shape .1, 2, 8, 4. do not belong to 2 queries of 4 heads"):
+        add_tail_statistic("squared_attention", logits[:1], *arguments, scale=1.0)
+    with pytest.raises(ValueError, match="moment must be contiguous float32 .2, 2, 2."):
+        add_tail_statistic("squared_attention", logits, query, lse, statistic, moment[:, :1], lengths, scale=1.0)
     with pytest.raises(ValueError, match="statistic must be contiguous float32 .2, 2, 7."):
         add_tail_statistic("squared_attention", logits[:, :, :7].contiguous(), *arguments, scale=1.0)
 
@@ -292,7 +300,7 @@ def test_small_kernels_of_a_step_on_a_gpu(dtype):
     for group, dim in (*MOMENTS, (4, 128), (8, 256)):
         check_moment(group, dim, dtype, "cuda")
     for case in (*TAIL_STATISTICS, ("squared_attention", 4, 128, None)):
-        check_tail_statistic(*case, "cuda")
+        check_tail_statistic(*case, dtype, "cuda")
 
 
 @pytest.mark.gpu

@@ -110,7 +110,7 @@ def observe(
     if storage.score is None:
         return
     if step:
-        with beside(query, out, lse, *(() if logits is None else (logits,))):
+        with beside(query, lse, out if logits is None else logits):
             backend.observe_step(storage, past, query, out, lse, visibility.mask, scale, softcap, logits)
         return
     several = visibility.mask is not None and visibility.mask.shape[2] > 1

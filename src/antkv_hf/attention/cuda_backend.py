@@ -37,25 +37,20 @@ class CudaBackend(TritonBackend):
         except ValueError as error:
             raise UnsupportedTables(f"{error}; {WAY_OUT}") from error
 
-    def decode_attention(self, query, past, tail_keys, tail_values, *, mask=None, **options):
-        shape = _kernel_for(query, past, mask, options.get("softcap"))
-        if shape is None:
-            return super().decode_attention(query, past, tail_keys, tail_values, mask=mask, **options)
-        CALLS["cuda.decode_attention"] += 1
-        return cuda_decode.decode_attention(query, past, tail_keys, tail_values, shape=shape, **options)
+    def decode_attention(self, query, past, tail_keys, tail_values, **options):
+        out, lse, _ = self.step_attention(query, past, tail_keys, tail_values, term=None, **options)
+        return out, lse
 
     def step_attention(self, query, past, tail_keys, tail_values, *, term, mask=None, **options):
-        shape = _kernel_for(query, past, mask, options.get("softcap"))
-        if shape is None or term not in LOGITS_TERMS:
-            return super().step_attention(query, past, tail_keys, tail_values, term=term, mask=mask, **options)
+        shape = None
+        if mask is None and past.length * query.shape[0] >= MIN_TOKENS:
+            shape = cuda_decode.kernel_for(query, past, options.get("softcap") is not None)
+        if shape is None:
+            out, lse = super().decode_attention(query, past, tail_keys, tail_values, mask=mask, **options)
+            return out, lse, None
         CALLS["cuda.decode_attention"] += 1
-        logits = query.new_empty(*tail_keys.shape[:3], shape.rows, dtype=torch.float32)
+        logits = None
+        if term in LOGITS_TERMS:
+            logits = query.new_empty(*tail_keys.shape[:3], shape.rows, dtype=torch.float32)
         options |= dict(shape=shape, tail_logits=logits)
         return *cuda_decode.decode_attention(query, past, tail_keys, tail_values, **options), logits
-
-
-def _kernel_for(query, past, mask, softcap: float | None) -> cuda_shape.Shape | None:
-    """The kernel in CUDA C++ that answers; None where Triton's does."""
-    if mask is not None or past.length * query.shape[0] < MIN_TOKENS:
-        return None
-    return cuda_decode.kernel_for(query, past, softcap is not None)

@@ -76,7 +76,7 @@ class Numbers:
             raise ValueError(
                 f"tokens={self.tokens} are {self.tokens // self.window} windows of {self.window}, but a batch of "
                 f"{self.batch} and {HELD_OUT} held-out windows need {needed}: raise tokens to {needed * self.window}, "
-                f"or lower {name}"
+                f"take a smaller batch, or lower {name}"
             )
 
     def is_windowed(self, step: int) -> bool:

@@ -41,10 +41,10 @@ CALLS: list[Callable[[], None]] = [
     partial(_decode, 128, torch.bfloat16),  # int8 anchors and sinks
     partial(_merge_by_tiles, 128, "d8b8"),
 ]
+LARGEST_CALLS: list[Callable[[], None]] = [partial(_merge_by_tiles, 256, "d32b8")]
 MORE_CALLS: list[Callable[[], None]] = [
     partial(_decode, 64, torch.float32),
     partial(_decode, 256, torch.float16),
-    partial(_merge_by_tiles, 256, "d32b8"),
     partial(_decode, 128, torch.bfloat16, q_len=8, masked=True),
     partial(_decode, 128, torch.bfloat16, softcap=30.0),
     partial(_decode, 128, torch.float16, spec="d16b8s2", anchor_dtype="float16"),

@@ -317,7 +317,10 @@ inline void load_64(const void* p, uint32_t (&r)[2]) {
   if ((uintptr_t)p % 8) emulator::fail("misaligned load");
   memcpy(r, p, 8);
 }
-inline void store_64(float* p, float x, float y) { p[0] = x, p[1] = y; }
+inline void store_64(float* p, float x, float y) {
+  if ((uintptr_t)p % 8) emulator::fail("misaligned store");
+  p[0] = x, p[1] = y;
+}
 inline void ask_for(const void*) {}
 inline float as_float(uint32_t x) {
   float out;

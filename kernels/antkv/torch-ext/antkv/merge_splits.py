@@ -12,7 +12,8 @@ from .tables import KeyTables, ValueTables
 
 LARGEST_BIAS = tl.constexpr(3.0)  # nats: a prompt's chunk subtracts what exact tokens would get, see prefill.py
 ROWS_OF_A_TILE, CHANNELS_OF_A_STEP = 16, 32  # whole sub-vectors: they have up to 32 channels
-TILES_FROM = 96  # rows of a kv head in all sequences: so many are merged by tiles that read its basis once
+TILES_FROM = 96  # rows of a kv head in all sequences: so many are merged by tiles that read its basis once, ...
+TILE_SPLITS = 4  # ... if there are no more splits, which a tile takes one after the other
 
 
 @triton.jit
@@ -237,7 +238,7 @@ def merge_splits(
     sink, has_sink = (out, False) if sink_logit is None else (sink_logit, True)
     arguments = (partial, state[0], state[1], *basis, sink, *noise, out, lse, splits)
     fixed = dict(H=heads, ROWS=rows, Q_LEN=out.shape[2], DV=dim, BDV=head_block(dim), SINK_LOGIT=has_sink, **sizes)
-    if tables is not None and batch * rows >= TILES_FROM:
+    if tables is not None and batch * rows >= TILES_FROM and splits <= TILE_SPLITS:
         # Three products of TF32 keep what float32 has, but for the last bits; other makers' units have float32's.
         precision = "ieee" if torch.version.hip is not None else "tf32x3"
         del fixed["BD"]

@@ -16,7 +16,7 @@ from .decode_plan import MAX_ROWS
 from .softmax import LOG2E
 
 LOGITS_TERMS = ("squared_attention", "accumulated_attention")  # of probabilities alone
-LOGITS_TILE = 128  # tail tokens that a program of `tail_statistic_kernel` takes at a time
+LOGITS_TILE = 128  # tail tokens that a program of `tail_statistic_kernel` takes
 ONE_PROGRAM = 64  # (sequence, kv head) pairs that one program of `append_token` takes together
 
 
@@ -132,7 +132,7 @@ def add_column_statistic(
     tile, queries, warps, stages = tile_sizes(term, head_block(max(dim, value_dim)), query.dtype, group)
     blocks = ceil_div(rows, tile) + 1  # they are cut at absolute columns
     if moment is not None:
-        _check_moment(moment, batch)
+        _check_moment(moment, batch, kv_heads)
         if queries < group:  # a tile of float32 does not hold so many heads
             add_query_moment(query, scale, moment)
             moment = None
@@ -167,25 +167,24 @@ def tail_statistic_kernel(
     d = tl.arange(0, BD)
     p_heads = p_query + b * stride_qb + (h * G + row)[:, None] * stride_qh + d[None, :]
     query = tl.load(p_heads, mask=(row < G)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    token = tl.program_id(1) * BN + tl.arange(0, BN)
+    m = token < tail
+    at = bh * capacity + token
+    p_tile = p_logits + at[:, None] * ROWS + row[None, :]
+    logits = tl.load(p_tile, mask=m[:, None] & (row < G)[None, :], other=float("-inf"))
+    found = tl.sum(tl.exp2(POWER * (logits - lse[None, :])), 1)
+    if STRIDE > 1:
+        newest = first + tail - 1  # the query's own column
+        far = newest // BLOCK - (first + token) // BLOCK > NEAR_BLOCKS
+        found *= tl.where(far, tl.where(newest % STRIDE == STRIDE - 1, STRIDE, 0), 1)
+    found += tl.load(p_statistic + at, mask=m, other=0.0)
     squares = tl.load(p_moment + bh * 2) + tl.sum(tl.sum(query * query, 1), 0) * factor
     count = tl.load(p_moment + bh * 2 + 1) + G
-    newest = first + tail - 1  # the query's own column
-    for start in range(0, tail, BN):
-        token = start + tl.arange(0, BN)
-        m = token < tail
-        at = bh * capacity + token
-        p_tile = p_logits + at[:, None] * ROWS + row[None, :]
-        logits = tl.load(p_tile, mask=m[:, None] & (row < G)[None, :], other=float("-inf"))
-        found = tl.sum(tl.exp2(POWER * (logits - lse[None, :])), 1)
-        if STRIDE > 1:
-            far = newest // BLOCK - (first + token) // BLOCK > NEAR_BLOCKS
-            found *= tl.where(far, tl.where(newest % STRIDE == STRIDE - 1, STRIDE, 0), 1)
-        before = tl.load(p_statistic + at, mask=m, other=0.0)
-        tl.debug_barrier()  # in place: every warp has loaded before one stores
-        tl.store(p_statistic + at, before + found, mask=m)
-    tl.debug_barrier()
-    tl.store(p_moment + bh * 2, squares)
-    tl.store(p_moment + bh * 2 + 1, count)
+    tl.debug_barrier()  # in place: every warp has loaded before one stores
+    tl.store(p_statistic + at, found, mask=m)
+    if tl.program_id(1) == 0:
+        tl.store(p_moment + bh * 2, squares)
+        tl.store(p_moment + bh * 2 + 1, count)
 
 
 def add_tail_statistic(
@@ -215,6 +214,8 @@ def add_tail_statistic(
     batch, q_heads, q_len, dim = query.shape
     kv_heads, rows, width = logits.shape[1:]
     group = q_heads // kv_heads
+    fits = logits.shape[0] == batch and q_heads % kv_heads == 0
+    require(fits, f"logits of shape {tuple(logits.shape)} do not belong to {batch} queries of {q_heads} heads")
     require(q_len == 1 and group <= width, f"{q_len} query tokens of {group} heads; one of up to {width} is taken")
     require(query.stride(3) == 1, "channels must have stride 1")
     require(logits.dtype == torch.float32 and logits.is_contiguous(), "logits must be contiguous float32")
@@ -222,9 +223,9 @@ def add_tail_statistic(
     require(fits, "lse must be contiguous float32, one a query head")
     fits = statistic.shape == (batch, kv_heads, rows) and statistic.dtype == torch.float32
     require(fits and statistic.is_contiguous(), f"statistic must be contiguous float32 {(batch, kv_heads, rows)}")
-    _check_moment(moment, batch)
+    _check_moment(moment, batch, kv_heads)
     _check_lengths(lengths)
-    tail_statistic_kernel[(batch * kv_heads,)](
+    tail_statistic_kernel[(batch * kv_heads, ceil_div(rows, LOGITS_TILE))](
         logits, lse, query, statistic, moment, lengths, *query.stride()[:2], kv_heads, rows, scale * scale / dim,
         G=group, D=dim, BD=head_block(dim), BG=power_of_2(group), ROWS=width, BN=LOGITS_TILE,
         POWER=2 if term == "squared_attention" else 1, STRIDE=stride, num_warps=4,
@@ -247,7 +248,7 @@ def add_query_moment(query: torch.Tensor, scale: float, moment: torch.Tensor) ->
     require(
         q_len == 1 and group <= MAX_ROWS, f"{q_len} query tokens of {group} heads; one of up to {MAX_ROWS} is taken"
     )
-    _check_moment(moment, batch)
+    _check_moment(moment, batch, kv_heads)
     query_moment_kernel[(1, batch * kv_heads)](
         query, None, moment, moment, *query.stride()[:3], kv_heads, 1, 0, scale * scale / dim,
         G=group, D=dim, BD=head_block(dim), BM=min(32, power_of_2(group)), ROWS=MAX_ROWS,
@@ -255,9 +256,9 @@ def add_query_moment(query: torch.Tensor, scale: float, moment: torch.Tensor) ->
     )  # fmt: skip
 
 
-def _check_moment(moment: torch.Tensor, batch: int) -> None:
-    fits = moment.shape == (batch, moment.shape[1], 2) and moment.dtype == torch.float32 and moment.is_contiguous()
-    require(fits, f"moment must be contiguous float32 ({batch}, kv_heads, 2)")
+def _check_moment(moment: torch.Tensor, batch: int, kv_heads: int) -> None:
+    fits = moment.shape == (batch, kv_heads, 2) and moment.dtype == torch.float32 and moment.is_contiguous()
+    require(fits, f"moment must be contiguous float32 ({batch}, {kv_heads}, 2)")
 
 
 def _check_lengths(lengths: torch.Tensor) -> None:

@@ -186,10 +186,11 @@ DEVICE void load_128(const void* p, uint32_t (&r)[4]) {
 DEVICE void load_64(const void* p, uint32_t (&r)[2]) {
   asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
 }
-// Asks for the line of `p` to be in the L2 cache.
+// Two neighbours at `p`, a multiple of 8 bytes.
 DEVICE void store_64(float* p, float x, float y) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};" : : "l"(p), "f"(x), "f"(y));
 }
+// Asks for the line of `p` to be in the L2 cache.
 DEVICE void ask_for(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 DEVICE float as_float(uint32_t x) { return __uint_as_float(x); }
 DEVICE uint32_t as_word(float x) { return __float_as_uint(x); }
