@@ -38,10 +38,12 @@ def test_worked_example_of_bits():
 
 
 def test_the_code_under_use_runs(llama, monkeypatch, capsys):
-    """README's first block of Python, with the tiny model and a codebook of it in place of those it names."""
+    """README's blocks of Python, with the tiny model and a codebook of it in place of those they name."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"^## Use\n\n```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert block is not None
+    use = text[text.index("## Use\n") : text.index("### Fast decoding")]
+    fast = text[text.index("### Fast decoding") : text.index("With `max_length` a cache sets")]
+    block, second = (re.search(r"```python\n(.*?)^```", part, re.MULTILINE | re.DOTALL) for part in (use, fast))
+    assert block is not None and second is not None
     book = random_codebook(llama, AnTKVConfig.preset("1bit", window=8, chunk=16))
     loaded = []
 
@@ -54,10 +56,13 @@ def test_the_code_under_use_runs(llama, monkeypatch, capsys):
     names: dict = {}
     try:
         exec(block[1], names)
+        grown = names["cache"]
+        exec(second[1].replace("max_new_tokens=100", "max_new_tokens=3"), names)
     finally:
         llama.set_attn_implementation("sdpa")
-    assert loaded == ["HuggingFaceTB/SmolLM2-135M-Instruct"] * 2 + ["smollm2-135m-instruct-1bit"] * 2
-    assert names["cache"].get_seq_length() > names["inputs"]["input_ids"].shape[1], "generate filled the cache"
+    assert loaded == ["HuggingFaceTB/SmolLM2-135M-Instruct"] * 2 + ["smollm2-135m-instruct-1bit"] * 4
+    assert names["cache"].max_length == 4096
+    assert grown.get_seq_length() > names["inputs"]["input_ids"].shape[1], "generate filled the cache"
 
 
 def test_links_lead_somewhere():
