@@ -35,11 +35,8 @@ def check_kept_logits(kept, query, keys, tail, offset, scale, softcap=None):
     assert kept[:, :, tail:].isnan().all()
 
 
-KEPT = [
-    ("d8b8", 4, None, 1),
-    ("d4b8s2", 3, 5.0, 2),
-    ("d32b8", 8, None, 3),
-]  # codes, query heads a kv head, softcap, splits
+# codes, query heads a kv head, softcap, splits
+KEPT = [("d8b8", 4, None, 1), ("d4b8s2", 3, 5.0, 2), ("d32b8", 8, None, 3)]
 
 
 @needs_compiler
@@ -49,16 +46,11 @@ def test_logits_of_the_tail_are_kept(spec, group, softcap, splits, emulated):  #
     query, past, room = step_case(spec, group, torch.float16)
     one = find_shape(*tables(past), group, softcap is not None)
     for shape in {one, one.in_teams}:
-        kept = torch.full((2, 2, 64, shape.rows), float("nan"))
-        out, lse = emulate(
-            emulated(shape), shape, query, past, room, scale=0.1, softcap=softcap, splits=splits, is_causal=False,
-            hides_padding=True, tail_logits=kept,
-        )  # fmt: skip
+        kept, step = torch.full((2, 2, 64, shape.rows), float("nan")), (emulated(shape), shape, query, past, room)
+        options = dict(scale=0.1, softcap=softcap, splits=splits, is_causal=False, hides_padding=True)
+        out, lse = emulate(*step, **options, tail_logits=kept)
         check_kept_logits(kept, query, room[0], 53, (0, 50 - 32), 0.1, softcap)
-        plain = emulate(
-            emulated(shape), shape, query, past, room, scale=0.1, softcap=softcap, splits=splits, is_causal=False,
-            hides_padding=True,
-        )  # fmt: skip
+        plain = emulate(*step, **options)
         assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
 
 

@@ -78,8 +78,7 @@ def attend(
         visibility = Visibility(mask, is_causal and q_len > 1, q_len, past.length)
         logits = None
         if step:
-            term = None if observer is None or observer.score is None else observer.score.term
-            out, lse, logits = backend.attend_step(past, query, mask, scale, softcap, sink_logit, term)
+            out, lse, logits = backend.attend_step(past, query, mask, scale, softcap, sink_logit, _term(observer))
         else:
             out, lse = backend.attention(past, query, visibility, scale, softcap, sink_logit)
         if observer is not None and observer.tail_keys is past.tail_keys:  # else an old snapshot, encoded since
@@ -95,8 +94,12 @@ def _is_step(past: Snapshot, query: torch.Tensor, backend: Backend, observer: La
     """Whether the backend answers from preallocated buffers alone (a score of the user's own has no kernel there)."""
     if past.static is None or not past.static.holds_tail:
         return False
-    score = None if observer is None else observer.score
-    return backend.answers_step(query, past.tail_keys.shape[1], None if score is None else score.term)
+    return backend.answers_step(query, past.tail_keys.shape[1], _term(observer))
+
+
+def _term(observer: LayerStorage | None):
+    """What the observer's score sums over queries; None if it sums nothing, or nobody observes."""
+    return None if observer is None or observer.score is None else observer.score.term
 
 
 def observe(

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .checks import ceil_div, head_block, mask_arguments, power_of_2, register_limit, require
 from .softmax import LOG2E
+from .tiles import add_moment_of_step
 
 TERMS = ("squared_attention", "accumulated_attention", "anchor_score")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -200,15 +201,7 @@ def column_statistic_kernel(
         tl.debug_barrier()  # in place: every warp has loaded before one stores
     tl.store(p_out + split.to(tl.int64) * heads * rows + o_row + token, total, mask=m_column)
     if MOMENT and tl.program_id(0) < heads:
-        pair = tl.arange(0, BM).to(tl.int64)
-        m_query = (pair < G)[:, None] & (d < D)[None, :]
-        query = tl.load(p_query + (pair * stride_qh)[:, None] + d[None, :], mask=m_query, other=0.0).to(tl.float32)
-        o_moment = bh.to(tl.int64) * 2
-        squares = tl.load(p_moment + o_moment) + tl.sum(tl.sum(query * query, 1), 0) * (scale * scale / D)
-        count = tl.load(p_moment + o_moment + 1) + G
-        tl.debug_barrier()  # in place, as above
-        tl.store(p_moment + o_moment, squares)
-        tl.store(p_moment + o_moment + 1, count)
+        add_moment_of_step(p_query, p_moment + bh.to(tl.int64) * 2, stride_qh, scale * scale / D, G, D, BD, BM)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import require
+from .checks import ceil_div, require
 from .decode_plan import MAX_SPLITS
 from .table_image import image_bytes
 from .tables import KeyTables, ValueTables
@@ -151,13 +151,13 @@ def plan(
     for form, overhead in ((shape, OVERHEAD_SPANS), (several, TEAMS_OVERHEAD_SPANS)):
         if form is several and (shape.teams == several.teams or batch < 2 * blocks):
             continue
-        spans, takers = -(-coded // form.span), blocks * form.teams
+        spans, takers = ceil_div(coded, form.span), blocks * form.teams
         for splits in range(1, min(blocks, max(spans, 1), MAX_SPLITS) + 1):
             if form is several and batch * splits < takers:
                 continue  # some would have nothing to do
             tiles = form.tiles if pairs else 1
-            share = -(-spans // (splits * tiles)) * tiles
-            cost = -(-batch * splits // takers) * (share + overhead)
+            share = ceil_div(spans, splits * tiles) * tiles
+            cost = ceil_div(batch * splits, takers) * (share + overhead)
             if cost < cheapest[0]:
                 cheapest = cost, form, splits
     _, form, splits = cheapest

@@ -227,13 +227,13 @@ def merge_splits(
     columns = 32
     basis = (out, out) if tables is None else (tables.synthesis, tables.mean)
     if query is None or keys is None or keys.noise is None:
-        noise, sizes = (out, 0, 0, 0, out, out, 1.0), dict(D=dim, BD=head_block(dim), SUB=1, NOISE=False)
+        noise, sizes = (out, 0, 0, 0, out, out, 1.0), dict(D=dim, SUB=1, NOISE=False)
     else:
         want = (heads, keys.codes.groups, keys.codes.sub_dim, keys.codes.sub_dim)
         fits = keys.noise.shape == want and keys.noise.dtype == torch.float32 and keys.noise.is_contiguous()
         require(fits, f"noise is {tuple(keys.noise.shape)} {keys.noise.dtype}; contiguous float32 {want} is needed")
         noise = (query, *query.stride()[:3], keys.channels, keys.noise, scale)
-        sizes = dict(D=query.shape[3], BD=head_block(query.shape[3]), SUB=keys.codes.sub_dim, NOISE=True)
+        sizes = dict(D=query.shape[3], SUB=keys.codes.sub_dim, NOISE=True)
     splits = parts if tables is None else parts // 2
     sink, has_sink = (out, False) if sink_logit is None else (sink_logit, True)
     arguments = (partial, state[0], state[1], *basis, sink, *noise, out, lse, splits)
@@ -241,13 +241,12 @@ def merge_splits(
     if tables is not None and batch * rows >= TILES_FROM and splits <= TILE_SPLITS:
         # Three products of TF32 keep what float32 has, but for the last bits; other makers' units have float32's.
         precision = "ieee" if torch.version.hip is not None else "tf32x3"
-        del fixed["BD"]
         merge_tiles_kernel[(ceil_div(batch * rows, ROWS_OF_A_TILE), heads)](
             *arguments, batch * rows, BM=ROWS_OF_A_TILE, BK=CHANNELS_OF_A_STEP, PRECISION=precision, **fixed,
             num_warps=4,
         )  # fmt: skip
         return
     merge_splits_kernel[(batch * heads, rows, ceil_div(dim, columns))](
-        *arguments, BS=max(2, power_of_2(splits)), BC=columns, BASIS=tables is not None, **fixed,
-        num_warps=4,
+        *arguments, BD=head_block(fixed["D"]), BS=max(2, power_of_2(splits)), BC=columns, BASIS=tables is not None,
+        **fixed, num_warps=4,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from .anchor_score import BLOCK, NEAR_BLOCKS, TERMS, column_statistic_kernel, qu
 from .checks import ceil_div, head_block, mask_arguments, power_of_2, require
 from .decode_plan import MAX_ROWS
 from .softmax import LOG2E
+from .tiles import add_moment_of_step
 
 LOGITS_TERMS = ("squared_attention", "accumulated_attention")  # of probabilities alone
 LOGITS_TILE = 128  # tail tokens that a program of `tail_statistic_kernel` takes
@@ -122,8 +123,7 @@ def add_column_statistic(
     require(group <= MAX_ROWS, f"{group} query heads a kv head; up to {MAX_ROWS} have a kernel")
     require(keys.dtype == values.dtype == query.dtype, f"query is {query.dtype}, keys {keys.dtype}: cast one of them")
     require(lse.shape == (batch, q_heads, 1) and lse.dtype == torch.float32, "lse must be float32, one a query head")
-    fits = statistic.shape == (batch, kv_heads, rows) and statistic.dtype == torch.float32
-    require(fits and statistic.is_contiguous(), f"statistic must be contiguous float32 {(batch, kv_heads, rows)}")
+    _check_statistic(statistic, (batch, kv_heads, rows))
     require(offset.shape == (batch,) and offset.dtype == torch.int64, f"offset must be int64 ({batch},)")
     require(query.stride(3) == keys.stride(3) == values.stride(3) == 1, "channels must have stride 1")
     _check_lengths(lengths)
@@ -164,9 +164,6 @@ def tail_statistic_kernel(
     row = tl.arange(0, BG)
     lse = tl.load(p_lse + bh * G + row, mask=row < G, other=float("inf")) * LOG2E
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a head that sees nothing
-    d = tl.arange(0, BD)
-    p_heads = p_query + b * stride_qb + (h * G + row)[:, None] * stride_qh + d[None, :]
-    query = tl.load(p_heads, mask=(row < G)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
     token = tl.program_id(1) * BN + tl.arange(0, BN)
     m = token < tail
     at = bh * capacity + token
@@ -178,13 +175,11 @@ def tail_statistic_kernel(
         far = newest // BLOCK - (first + token) // BLOCK > NEAR_BLOCKS
         found *= tl.where(far, tl.where(newest % STRIDE == STRIDE - 1, STRIDE, 0), 1)
     found += tl.load(p_statistic + at, mask=m, other=0.0)
-    squares = tl.load(p_moment + bh * 2) + tl.sum(tl.sum(query * query, 1), 0) * factor
-    count = tl.load(p_moment + bh * 2 + 1) + G
     tl.debug_barrier()  # in place: every warp has loaded before one stores
     tl.store(p_statistic + at, found, mask=m)
     if tl.program_id(1) == 0:
-        tl.store(p_moment + bh * 2, squares)
-        tl.store(p_moment + bh * 2 + 1, count)
+        p_query += b * stride_qb + h * G * stride_qh
+        add_moment_of_step(p_query, p_moment + bh * 2, stride_qh, factor, G, D, BD, BG)
 
 
 def add_tail_statistic(
@@ -221,8 +216,7 @@ def add_tail_statistic(
     require(logits.dtype == torch.float32 and logits.is_contiguous(), "logits must be contiguous float32")
     fits = lse.shape == (batch, q_heads, 1) and lse.dtype == torch.float32 and lse.is_contiguous()
     require(fits, "lse must be contiguous float32, one a query head")
-    fits = statistic.shape == (batch, kv_heads, rows) and statistic.dtype == torch.float32
-    require(fits and statistic.is_contiguous(), f"statistic must be contiguous float32 {(batch, kv_heads, rows)}")
+    _check_statistic(statistic, (batch, kv_heads, rows))
     _check_moment(moment, batch, kv_heads)
     _check_lengths(lengths)
     tail_statistic_kernel[(batch * kv_heads, ceil_div(rows, LOGITS_TILE))](
@@ -254,6 +248,11 @@ def add_query_moment(query: torch.Tensor, scale: float, moment: torch.Tensor) ->
         G=group, D=dim, BD=head_block(dim), BM=min(32, power_of_2(group)), ROWS=MAX_ROWS,
         HAS_FIRST=False, HAS_MOMENT=True, IN_PLACE=True, num_warps=4,
     )  # fmt: skip
+
+
+def _check_statistic(statistic: torch.Tensor, shape: tuple[int, int, int]) -> None:
+    fits = statistic.shape == shape and statistic.dtype == torch.float32 and statistic.is_contiguous()
+    require(fits, f"statistic must be contiguous float32 {shape}")
 
 
 def _check_moment(moment: torch.Tensor, batch: int, kv_heads: int) -> None:

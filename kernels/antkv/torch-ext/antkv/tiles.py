@@ -1,4 +1,5 @@
-"""Pieces shared by the kernels: reading packed codes, gathering centroids, turning channel pairs."""
+"""Pieces shared by the kernels: reading packed codes, gathering centroids, turning channel pairs, a step's query
+moment."""
 
 from __future__ import annotations
 
@@ -89,3 +90,18 @@ def sin_cos(angle):
     swapped = (turns & 1) != 0
     sine, cosine = tl.where(swapped, cosine, sine), tl.where(swapped, sine, cosine)
     return tl.where((turns & 2) != 0, -sine, sine), tl.where(((turns + 1) & 2) != 0, -cosine, cosine)
+
+
+@triton.jit
+def add_moment_of_step(
+    p_query, p_moment, stride_qh, factor, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr
+):
+    """In place: the moment at `p_moment` += (factor sum |q|^2, G) of one token's G <= BM query heads at `p_query`."""
+    head, d = tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
+    m = (head < G)[:, None] & (d < D)[None, :]
+    query = tl.load(p_query + (head * stride_qh)[:, None] + d[None, :], mask=m, other=0.0).to(tl.float32)
+    squares = tl.load(p_moment) + tl.sum(tl.sum(query * query, 1), 0) * factor
+    count = tl.load(p_moment + 1) + G
+    tl.debug_barrier()  # every warp has loaded before one stores
+    tl.store(p_moment, squares)
+    tl.store(p_moment + 1, count)
