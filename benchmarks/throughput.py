@@ -180,23 +180,37 @@ class Contest:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """A panel a part: tokens a second of each lane by context."""
+    """A panel a part: tokens a second of each lane by context, or by batch and context where batches are equal."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    def place(row: dict) -> tuple[int, ...]:
+        return (int(row["context"]),) if row["part"] == "memory" else (int(row["context"]), int(row["batch"]))
+
+    def label(context: int, batch: int | None = None) -> str:
+        tokens = f"{context // K}K" if context % K == 0 else str(context)
+        return tokens if batch is None else f"{batch} x {tokens}"
+
     parts = list(dict.fromkeys(row["part"] for row in rows))
+    lanes_there = list(dict.fromkeys(row["lane"] for row in rows))  # a lane has one color in all panels
     figure, panels = plt.subplots(1, len(parts), figsize=(6.5 * len(parts), 5), squeeze=False)
     for panel, part in zip(panels[0], parts):
-        for lane in dict.fromkeys(row["lane"] for row in rows):
-            own = [row for row in rows if row["part"] == part and row["lane"] == lane]
-            points = sorted((int(row["context"]), float(row["tokens_a_second"]), row["batch"]) for row in own)
-            panel.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=lane)
-            for context, speed, batch in points:
-                panel.annotate(f"x{batch}", (context, speed), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        panel.set(xlabel="tokens of context", title=f"{part}: tokens a second (x batch)")
-        panel.set_xscale("log", base=2)
+        here = [row for row in rows if row["part"] == part]
+        places = sorted({place(row) for row in here})
+        for i, lane in enumerate(lanes_there):
+            own = sorted((row for row in here if row["lane"] == lane), key=place)
+            points = [(places.index(place(row)), float(row["tokens_a_second"])) for row in own]
+            if not points:
+                continue
+            panel.plot(*zip(*points), marker="o", color=f"C{i}", label=lane)
+            for point, row in zip(points, own if part == "memory" else ()):
+                panel.annotate(f"x{row['batch']}", point, fontsize=7, xytext=(3, 3), textcoords="offset points")
+        equal = "" if part == "memory" else "batch x "
+        of_each = ", each at its largest batch" if part == "memory" else ""
+        panel.set(xlabel=f"{equal}tokens of context", title=f"{part}: tokens a second{of_each}")
+        panel.set_xticks(range(len(places)), [label(*x) for x in places])
         panel.set_yscale("log")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
