@@ -17,7 +17,7 @@ import torch
 from decoding import Lane, lanes, seconds_a_step
 from prefill import LLAMA_3_8B, TINY, random_codebook, random_llama
 from results import print_table, write_csv
-from throughput import free_memory, limit_memory
+from throughput import free_memory, is_memory, limit_memory
 
 from antkv_hf import AnTKVConfig
 
@@ -29,8 +29,12 @@ def row_of(model, lane: Lane, context: int, steps: int, device: str) -> dict | N
         torch.cuda.reset_peak_memory_stats()
     try:
         cache = lane.make_cache(1, context, steps + 64)
+        for _ in range(lane.warm_ups):
+            seconds_a_step(model, lane, cache, context, steps)
         took = seconds_a_step(model, lane, cache, context, steps)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_memory(error):  # a capture says only in its text that memory has run out
+            raise
         print(f"{context:,} tokens: {str(error).splitlines()[0]}", flush=True)
         return None
     footprint = cache.memory_footprint()

@@ -189,6 +189,7 @@ class GraphedModel:
                 self._give_up(f"backend {cache.backend!r} looks at lengths on the host")
         if not self._usable:
             return self._model(**inputs)
+        start = cache.get_seq_length()
         try:
             cache.quantized_layers[0].require_room(1)
             logits = self._step(storages, inputs)
@@ -197,6 +198,7 @@ class GraphedModel:
             self._begin([], {}, "")
             self._give_up(str(error))
             return self._model(**inputs)
+        cache.note_tokens(inputs["input_ids"], start)  # a replay runs no Python of the cache
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def _compile_mlps(self) -> None:
@@ -237,43 +239,46 @@ class GraphedModel:
         if not same or any(inputs[name].shape != buffer.shape for name, buffer in self._inputs.items()):
             self._begin(storages, inputs, lane)
         self._compile_mlps()
-        counts = storages[0].counts
         if storages[0].must_encode:
+            for storage in storages:
+                storage.require_slots(storage.slots_per_chunk)
             if self._encode is None:
                 self._encode = _Replayed(partial(_encode_chunks, storages), self._make_graph())
-            chunk, more = storages[0].config.chunk, storages[0].slots_per_chunk
-            counts = Counts(counts.coded + chunk, counts.tail - chunk, counts.slots + more)
-            self._run(self._encode, storages, counts)
+            chunk = storages[0].config.chunk
+            self._run(self._encode, storages, Counts(chunk, -chunk, storages[0].slots_per_chunk))
         for name, buffer in self._inputs.items():
             buffer.copy_(inputs[name])
         bucket = FIRST_BUCKET
-        while bucket < counts.coded:
+        while bucket < storages[0].coded_length:
             bucket *= GROWTH
         if bucket not in self._steps:
             forward = partial(_forward, self._model, self._cache, self._inputs, self._flags, self._mlps)
             self._steps[bucket] = _Replayed(forward, self._make_graph())
-        return self._run(self._steps[bucket], storages, counts._replace(tail=counts.tail + 1), planned=bucket)
+        return self._run(self._steps[bucket], storages, Counts(tail=1), planned=bucket)
 
     def _run(
-        self, replayed: _Replayed, storages: list[StaticStorage], after: Counts, planned: int | None = None
+        self, replayed: _Replayed, storages: list[StaticStorage], change: Counts, planned: int | None = None
     ) -> Any:
-        """Runs or replays, and sees to it that the host counts what the device does."""
-        before, is_captured = storages[0].counts, replayed.is_captured
+        """Runs or replays, and sees to it that the host counts the `change` that the device makes.
+
+        Each storage's own: after a crop into coded tokens layers keep different numbers of anchors.
+        """
+        before, is_captured = [storage.counts for storage in storages], replayed.is_captured
         if not is_captured and not self._runs_python:
             for storage in storages:
                 storage.planned = planned
         try:
             output = replayed()
         except CaptureError:
-            for storage in storages:
-                storage.set_counts(before)
+            for storage, counts in zip(storages, before):
+                storage.set_counts(counts)
             raise
         finally:
             if not is_captured:
                 for storage in storages:
                     storage.planned = None
-        for storage in storages:
-            storage.count(after)
+        for storage, counts in zip(storages, before):
+            storage.count(Counts(*map(sum, zip(counts, change))))
         return output
 
 
@@ -287,7 +292,13 @@ def _forward(
 def graphed(
     model, cache: AnTKVCache, strict: bool = False, compile_options: dict[str, Any] | None = None
 ) -> GraphedModel:
-    """The `GraphedModel` of a model and a cache; the cache keeps it, so that its next turn captures nothing again."""
+    """The `GraphedModel` of a model and a cache; the cache keeps it, so that its next turn captures nothing again.
+
+    One that was kept is dropped for another model, other weights, adapters or options.
+
+    Args:
+        strict, compile_options: as `GraphedModel`'s; `strict` also raises what a kept one only warned of.
+    """
     kept = cache.__dict__.get("_graphed")
     # Graphs read weights where they were: others (an adapter, another dtype) need graphs of their own.
     weights = tuple(parameter.data_ptr() for parameter in model.parameters()), _active_adapters(model)

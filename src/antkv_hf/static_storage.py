@@ -99,6 +99,12 @@ class StaticStorage(LayerStorage):
 
     Same codes, anchors and numbers; tokens that have left the window are encoded at the start of the next step instead
     of the end of this one. The batch keeps its size.
+
+    Args:
+        max_length: tokens of a sequence that there is room for. The others: as `LayerStorage`'s.
+
+    Raises:
+        ValueError: by `commit` and `encode_chunk`, with nothing changed: crops have left too few slots for anchors.
     """
 
     key_codes: Any = _Used()
@@ -271,7 +277,7 @@ class StaticStorage(LayerStorage):
         coded, tail, slots = self._counts
         ready = max((tail - config.window) // chunk * chunk, 0)
         new_slots = ready // chunk * self.slots_per_chunk
-        self._require_slots(new_slots)
+        self.require_slots(new_slots)
         step = max(chunk, ENCODE_BLOCK // chunk * chunk)
         for start in range(0, ready, step):
             stop = min(start + step, ready)
@@ -288,7 +294,7 @@ class StaticStorage(LayerStorage):
     def encode_chunk(self) -> None:
         """Encodes the tail's first chunk: the same work on the same buffers every time, and no wait for the host."""
         (coded, tail, slots), chunk, b = self._counts, self.config.chunk, self.buffers
-        self._require_slots(self.slots_per_chunk)
+        self.require_slots(self.slots_per_chunk)
         first = b.lengths[0].long()
         self._first_slot = b.lengths[2]
         self._write_codes(first, self._encode(0, chunk, first))
@@ -334,7 +340,8 @@ class StaticStorage(LayerStorage):
         bit = torch.where(index >= 0, 1 << (index % 8), 0).to(torch.uint8)
         self.buffers.exact_bits.scatter_add_(2, index.clamp_min(0) // 8, bit)
 
-    def _require_slots(self, new: int) -> None:
+    def require_slots(self, new: int) -> None:
+        """Raises ValueError, with nothing changed, if there is no room for the anchors of another `new` slots."""
         anchors, used = self.buffers.anchors, self._counts.slots
         if anchors is not None and used + new > anchors.positions.shape[2]:
             raise ValueError(

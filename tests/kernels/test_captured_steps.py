@@ -42,8 +42,94 @@ def causal_mask(batch_size: int, q_length: int, kv_length: int, **kwargs) -> tor
     return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool).tril(kv_length - q_length)
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """Steps are recorded on the CPU, and replayed without their Python."""
+    monkeypatch.setattr("antkv_hf.generation._no_gpu", lambda model: None)
+    monkeypatch.setattr(graphs, "cuda_graphs", lambda: RecordedGraph)
+    monkeypatch.setattr(graphs, "FIRST_BUCKET", 256)  # one split
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 128, shape, generator=torch.Generator().manual_seed(0))
+
+
+def decode(model, ids, cache, new: int, replayed: bool = True) -> torch.Tensor:
+    options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    return model.generate(
+        ids, past_key_values=cache, custom_generate=antkv_generate(cuda_graphs=replayed), **options
+    )  # fmt: skip
+
+
+def text_of_turns(model, codebook, replayed: bool, new: int = 20) -> torch.Tensor:
+    """Two turns on one cache, which has to know every token that it holds."""
+    cache, text = AnTKVCache(model.config, codebook=codebook, max_length=160), random_ids(2, 12).to(model.device)
+    for _ in range(2):
+        text = decode(model, torch.cat([text, text[:, :3]], 1), cache, new, replayed)
+        assert torch.equal(cache._guard.ids, text[:, : cache.get_seq_length()].cpu())
+    return text
+
+
+def crop_between_anchors(model, codebook, ids) -> AnTKVCache:
+    """A cache of `ids`, cropped into coded tokens where its layers keep different numbers of anchors."""
+    cache = AnTKVCache(model.config, codebook=codebook, max_length=128)
+    model(ids, past_key_values=cache)
+    anchors = [layer.storage.buffers.anchors.positions for layer in cache.layers]
+
+    def kept(length: int) -> list[int]:
+        return [int(((p >= 0) & (p < length)).sum(-1).max()) for p in anchors]
+
+    coded = cache.layers[0].storage.coded_length
+    length = next(n for n in range(coded - 1, 8, -1) if kept(n)[0] < max(kept(n)))
+    cache.crop(length - cache.get_seq_length())
+    return cache
+
+
+def check_anchors(cache: AnTKVCache) -> None:
+    """Every token that is marked exact is held exactly, and host and device count the same slots."""
+    for layer in cache.layers:
+        storage, buffers = layer.storage, layer.storage.buffers
+        slots = int(buffers.lengths[2])
+        assert storage.counts.slots == slots
+        held = int((buffers.anchors.positions[:, :, :slots] >= 0).sum() + (buffers.sinks.positions >= 0).sum())
+        assert held == sum(int(byte).bit_count() for byte in buffers.exact_bits.flatten().tolist())
+
+
+def test_a_cache_knows_the_tokens_of_replayed_steps(recorded):
+    model, codebook = kernel_model()
+    assert torch.equal(text_of_turns(model, codebook, True, 5), text_of_turns(model, codebook, False, 5))
+
+
+def test_replays_count_the_anchors_of_each_layer(recorded):
+    """After a crop into coded tokens layers have anchors in different numbers of slots."""
+    model, codebook = kernel_model(layers=2)
+    for parameter in model.parameters():  # as they are, layers choose alike
+        parameter.data.mul_(3 if parameter.ndim == 2 else 1)
+    ids, found = random_ids(1, 45), []
+    for replayed in (True, False):
+        cache = crop_between_anchors(model, codebook, ids)
+        assert len({layer.storage.counts.slots for layer in cache.layers}) > 1
+        text = decode(model, ids[:, : cache.get_seq_length() + 1], cache, 5, replayed)
+        check_anchors(cache)
+        more = torch.cat([text[:, cache.get_seq_length() :], ids[:, :14]], 1)
+        found.append((text, model(more, past_key_values=cache).logits))
+        check_anchors(cache)
+    assert torch.equal(found[0][0], found[1][0])
+    assert_near(found[0][1], found[1][1], 1e-5)
+
+
+def test_a_replayed_encoding_needs_room_for_its_anchors(recorded):
+    model, codebook = kernel_model()
+    cache = AnTKVCache(model.config, codebook=codebook, max_length=68)
+    text = decode(model, random_ids(1, 9), cache, 13)  # the second chunk is encoded by a recording
+    storage = cache.layers[0].storage
+    storage.set_counts(storage.counts._replace(slots=8))  # as many crops between anchors leave it
+    with pytest.raises(ValueError, match="8 slots of anchors are in use and 1 more are needed, but max_length=68"):
+        decode(model, text, cache, 9)
+
+
 @pytest.mark.parametrize("masked", (False, True), ids=("no-mask", "mask"))
-def test_generation_replays_recorded_steps(masked, monkeypatch):
+def test_generation_replays_recorded_steps(masked, recorded, monkeypatch):
     model, codebook = kernel_model()
     ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(0))
     options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
@@ -51,9 +137,6 @@ def test_generation_replays_recorded_steps(masked, monkeypatch):
     if masked:  # as transformers 5.17 does while a step is captured: it must not stay as it is
         monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "1")  # later ones then turn query heads into query tokens
         monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", causal_mask)
-    monkeypatch.setattr("antkv_hf.generation._no_gpu", lambda model: None)
-    monkeypatch.setattr(graphs, "cuda_graphs", lambda: RecordedGraph)
-    monkeypatch.setattr(graphs, "FIRST_BUCKET", 256)  # one split
     CALLS.clear()
     tokens = model.generate(ids, custom_generate=antkv_generate(codebook, cuda_graphs=True), **options)
     assert torch.equal(tokens, expected)
@@ -74,7 +157,7 @@ class CountingBranch:
         self.joined += 1
 
 
-def test_a_captured_step_observes_beside_its_layers(monkeypatch):
+def test_a_captured_step_observes_beside_its_layers(recorded, monkeypatch):
     """Each layer of a step leaves one observation to the branch, and the encoding of chunks none."""
     branches: list[CountingBranch] = []
     capture = RecordedGraph.capture
@@ -85,8 +168,6 @@ def test_a_captured_step_observes_beside_its_layers(monkeypatch):
             capture(graph, function)
 
     monkeypatch.setattr(RecordedGraph, "capture", branched)
-    monkeypatch.setattr("antkv_hf.generation._no_gpu", lambda model: None)
-    monkeypatch.setattr(graphs, "cuda_graphs", lambda: RecordedGraph)
     model, codebook = kernel_model("cpu", layers=2)
     options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
     ids = torch.randint(3, 128, (1, 30), generator=torch.Generator().manual_seed(0))
@@ -119,6 +200,14 @@ def test_cuda_graphs_write_the_same_tokens(lane, case, monkeypatch):
     assert torch.equal(written[0], written[1]) and torch.equal(written[0], written[2])
     # A warm-up and a capture in each layer for each plan: of up to 32 coded tokens and of up to 128.
     assert CALLS["triton.decode_attention"] == 2 * 2 * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lane", ["antkv", "sdpa"])
+def test_cuda_graphs_serve_several_turns(lane):
+    model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto")
+    model.set_attn_implementation(lane)
+    assert torch.equal(text_of_turns(model, codebook, True), text_of_turns(model, codebook, False))
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from .tables import UnsupportedTables
 from .triton_backend import TritonBackend
 
 WAY_OUT = "use backend='triton' or 'auto'"
-MIN_TOKENS = 2048  # of all sequences together: below, a captured step is not faster than with Triton's kernel
+MIN_TOKENS = 2048  # of all sequences together, for shorter ones Triton's kernel; a captured step is planned for more
 
 
 class CudaBackend(TritonBackend):

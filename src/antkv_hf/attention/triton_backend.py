@@ -181,7 +181,7 @@ def bias_and_exact(past: Snapshot, query: torch.Tensor, scale: float) -> CodeBia
 def decodes(query: torch.Tensor, kv_heads: int) -> bool:
     """Whether decode attention answers these queries; the prefill path, which can do anything, answers the rest.
 
-    It has run on a GPU with up to 32 rows a kv head, and with 8 in float32 or at head sizes above 128.
+    Up to 32 rows a kv head, and 8 in float32 or at head sizes above 128: tests run no more than these on a GPU.
     """
     rows = query.shape[1] // kv_heads * query.shape[2]
     if query.dtype == torch.float32:

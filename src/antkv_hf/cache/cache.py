@@ -46,8 +46,8 @@ class AnTKVCache(Cache):
             lengths are on the device too, and `antkv_generate` can run decode steps as CUDA graphs. None: the cache
             grows as it must. The batch keeps its size. Not with scalar codes or ``anchors.max_tokens``.
         compileable: a plain `generate` on a GPU then compiles decode steps, as it does for transformers' StaticCache:
-            in the ``"antkv"`` lane, with `max_length`, where every layer is quantized. What it gains has not been
-            measured. `antkv_generate` needs no compiler.
+            in the ``"antkv"`` lane, with `max_length`, where every layer is quantized; for large batches
+            (``benchmarks/RESULTS.md``). `antkv_generate` needs no compiler.
         on_new_prompt: what to do when `generate` is called with a prompt that the cache does not hold: ``"error"``
             (default) or ``"reset"`` (start afresh; convenient in pipelines and chats). All its tokens are
             compared; at least one must be new.
@@ -316,8 +316,13 @@ class AnTKVCache(Cache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         start = self._first.get_seq_length()
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._guard.read(forward_input_ids(key_states.shape[0], key_states.shape[2]), start)
+        if getattr(self._first.storage, "planned", None) is None:  # a captured step's ids are a graph's buffer
+            self.note_tokens(forward_input_ids(key_states.shape[0], key_states.shape[2]), start)
         return out
+
+    def note_tokens(self, input_ids: torch.Tensor | None, start: int) -> None:
+        """Notes the ids ``(batch, n)`` (None: not known) of what the cache took after its first `start` tokens."""
+        self._guard.read(input_ids, start)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         # asked before any layer runs: the model's own code would trip over no token at all

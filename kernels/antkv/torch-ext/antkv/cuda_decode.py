@@ -208,6 +208,9 @@ def _exact_fits(past: QuantizedPast, dtype: torch.dtype) -> bool:
 def kernel_for(query: torch.Tensor, past: QuantizedPast, softcap: bool) -> Shape | None:
     """The kernel with which `decode_attention` answers these queries on their GPU; None if it does not.
 
+    Args:
+        query: ``(batch, q_heads, q_len, head_dim)``. softcap: whether logits are capped.
+
     Raises:
         ValueError: for tables of which `find_shape` has no kernel for `MAX_ROWS` rows; `CudaBackend` asks before.
     """

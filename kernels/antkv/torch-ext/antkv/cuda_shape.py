@@ -143,6 +143,7 @@ def plan(
     A warp that takes two tiles together takes as long where it has only one.
 
     Args:
+        coded: tokens in codes of each of `batch` sequences. heads: kv heads. processors: of the GPU.
         pairs: whether warps take `Shape.tiles` tiles together, as from sm_90 on; else one.
     """
     blocks = max(1, processors // heads)

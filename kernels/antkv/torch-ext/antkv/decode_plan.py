@@ -111,7 +111,7 @@ def check_tail(
 def check_rows(query: torch.Tensor, rows: int, dim: int) -> None:
     """Raises ValueError for more query rows a kv head than Triton's kernels take; `dim` is the larger head size."""
     require(1 <= rows <= MAX_ROWS, f"{rows} query rows a kv head; decode attention takes 1 to {MAX_ROWS}")
-    # Larger tiles of float32 ended in an error of an H100 (Triton 3.6, 4 warps).
+    # Larger tiles of float32 can end in an error of the device.
     fits = not query.is_cuda or query.dtype != torch.float32 or (rows <= MIN_ROWS and dim <= 128)
     require(
         fits, f"{rows} float32 rows of head size {dim}: on a GPU up to {MIN_ROWS} of up to 128; use prefill_attention"

@@ -214,14 +214,19 @@ def merge_splits(
     keys: KeyTables | None = None,
     scale: float = 1.0,
 ) -> None:
-    """Writes `out` ``(batch, q_heads, q_len, value_dim)`` and `lse` ``(batch, q_heads, q_len)``.
+    """Writes `out` ``(batch, q_heads, q_len, value_dim)``, any float dtype; `lse` ``(batch, q_heads, q_len)``, float32.
 
     Args:
         partial: float32 ``(batch, kv_heads, parts, rows, value_dim)``, unnormalised; the first half in the latent
             basis of `tables`, the second in plain channels, or all of them without `tables`.
+        tables: of the values, with their basis (`synthesis`, `mean`); None where nothing is coded.
+        sink_logit: ``(q_heads,)``, a logit with no value in each head's softmax; None for none.
         state: float32 ``(2, batch, kv_heads, parts, rows)``: maximum (in units of log 2) and sum of weights.
         query, keys, scale: ``(batch, q_heads, q_len, head_dim)`` after RoPE, stride 1 along channels, the tables whose
             noise raises the logits of coded tokens, and the factor on q.k; without them nothing is raised.
+
+    Raises:
+        ValueError: if the noise of `keys` does not fit `partial`'s heads.
     """
     batch, heads, parts, rows, dim = partial.shape
     columns = 32
