@@ -31,7 +31,10 @@ def codebook(llama):
         (lambda: VQSpec(8, 8, 0), "stages=0"),
         (lambda: VQSpec.parse("8x8"), "d8b8"),
         (lambda: VQSpec(32, 8).groups(80), "head_dim 80 is not a multiple of sub_dim 32"),
-        (lambda: AnTKVConfig().replace(windw=3), "unknown config field 'windw'.*window"),
+        (
+            lambda: AnTKVConfig().replace(windw=3),
+            "unknown config field 'windw'.*window.*anchor_<field of AnchorConfig>",
+        ),
         (lambda: AnTKVConfig.from_dict({"anchors": {"scor": "none"}}), "unknown config field 'scor'.*score"),
         (lambda: AnchorConfig(fraction=1.5), "1.5 must lie between 0 and 1"),
         (lambda: AnchorConfig(dtype="int4"), "'int4' is unknown"),
@@ -53,7 +56,10 @@ def codebook(llama):
         (lambda: AnTKVConfig(key="7"), "cannot read codec spec '7'"),
         (lambda: VQSpec(8.0), "sub_dim=8.0 must be a whole number"),
         (lambda: AnTKVConfig.preset("1bit", windw=3), "unknown config field 'windw'"),
-        (lambda: AnTKVConfig.preset("ott-2bit", anchor_fractoin=0.1), "unknown config field 'fractoin'"),
+        (
+            lambda: AnTKVConfig.preset("ott-2bit", anchor_fractoin=0.1),
+            "unknown config field 'anchor_fractoin'.*anchor_fraction",
+        ),
     ],
 )
 def test_config_numbers(make, message):
@@ -86,6 +92,10 @@ def test_arguments_of_another_kind(llama, codebook, tmp_path):
         (lambda: AnTKVCache(llama.config, 3), "config is of type int"),
         (lambda: AnTKVCache.from_pretrained("a/b", config="1bit"), "config='1bit' is text"),
         (lambda: antkv_generate(config="ott-2bit"), "config='ott-2bit' is text"),
+        (
+            lambda: antkv_generate(llama, "a/b"),
+            r"codebook is a LlamaForCausalLM: .*custom_generate=antkv_generate\(repo",
+        ),
         (lambda: AnTKVConfig.preset(1), r"preset 1 must be a name, e.g. AnTKVConfig.preset\('1bit'\)"),
         (lambda: AnTKVCache.load(tmp_path / "x", "book"), r"model is 'book', not a transformers model.*codebook="),
         (lambda: AnTKVCache.fit(llama.config, 9, "1GB"), r"model is a LlamaConfig.*AnTKVConfig.fit\(model.config"),

@@ -167,6 +167,8 @@ def test_command(tmp_path):
     found = json.loads(antkv(*arguments, "--json", "--dtype", "float16").stdout)
     taken = cache_bytes(model.config, AnTKVConfig.preset("1bit"), 4096, dtype=torch.float16)
     assert found["choice"] == "4bit" and found["choices"][1]["footprint"]["codes"] <= taken.codes
+    note = "note: the model's config names 4,096 tokens as its longest context\n"
+    assert antkv(*arguments[:3], 4097, "--among", "1bit").stdout.endswith(note) and note not in text
     assert "do not fit into 1,000 bytes: 1bit" in error_of(*arguments[:4], "--bytes", "1kB", *arguments[6:])
     assert "give --tokens N, --bytes SIZE such as 2GB, or both" in error_of("budget", tmp_path)
     assert "0 tokens fit: one takes" in antkv("budget", tmp_path, "--bytes", "10", "--among", "1bit").stdout

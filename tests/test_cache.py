@@ -281,6 +281,12 @@ def test_from_pretrained_and_changes(llama, codebook, tmp_path):
     assert out.shape == (1, 65)
 
 
+def test_what_a_cache_says_of_itself(llama, codebook):
+    specs = f"{codebook.config.key}/{codebook.config.value}"
+    said = repr(AnTKVCache(llama.config, codebook=codebook, max_length=9))
+    assert said == f"AnTKVCache({specs}, 3 of 3 layers quantized, 0 tokens, max_length=9)"
+
+
 def test_encoding_a_prompt_takes_few_operations(llama, codebook):
     """On a GPU a prompt waits for the host to start every one of them, whatever its length; kernels encode."""
     counted: list[str] = []

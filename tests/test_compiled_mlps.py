@@ -229,6 +229,8 @@ def test_what_is_no_option_is_refused():
     for mode in ("reduce-overhead", "max-autotune"):
         with pytest.raises(ValueError, match=f"mode='{mode}' would capture CUDA graphs inside"):
             antkv_generate(compile_mlps=dict(mode=mode))
+    with pytest.raises(ValueError, match="compile_mlps has 'foo', but torch.compile takes fullgraph, dynamic, backend"):
+        antkv_generate(compile_mlps=dict(foo=1))
     with pytest.raises(ValueError, match="triton.cudagraphs"):
         antkv_generate(compile_mlps=dict(options={"triton.cudagraphs": True}))
     with pytest.raises(ValueError, match="but cuda_graphs=False: leave one of them out"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -222,6 +223,15 @@ def test_max_length_is_reached(llama, codebook, stand_in):
     ):
         run(llama, inputs(0), past_key_values=cache, custom_generate=antkv_generate())
     assert cache.get_seq_length() == 50
+    with (
+        pytest.warns(UserWarning, match="40 tokens of prompt and up to 28 new ones can need room for 67, .*=50"),
+        pytest.raises(ValueError, match=wanted),
+    ):
+        run(llama, inputs(0), past_key_values=AnTKVCache(llama.config, codebook=codebook, max_length=50))
+    small = AnTKVCache(llama.config, codebook=codebook, max_length=30)
+    with pytest.raises(ValueError, match="up to 28 new ones need room for 67, .*=30: make it with max_length=67"):
+        run(llama, inputs(0), past_key_values=small)
+    assert small.get_seq_length() == 0
     limited = antkv_generate(codebook, max_length=30)
     with pytest.raises(
         ValueError, match="40 tokens of prompt and up to 28 new ones need room for 67, .*=30: make .*=67"
@@ -244,6 +254,14 @@ def test_what_is_in_the_way_is_said(llama, codebook, stand_in, monkeypatch):
     refused("attn_implementation='eager'", model=eager)
     growing = AnTKVCache(llama.config, codebook=codebook)
     refused("make it with max_length", past_key_values=growing)
+    with pytest.warns(UserWarning, match="not replayed as CUDA graphs: the cache grows: make it with max_length"):
+        run(llama, batch, past_key_values=AnTKVCache(llama.config, codebook=codebook), custom_generate=antkv_generate())
+    with warnings.catch_warnings():  # what nobody could have had otherwise, or what is meant, needs no word
+        warnings.simplefilter("error")
+        run(llama, batch, custom_generate=antkv_generate(codebook), num_beams=2)
+        switched_off = antkv_generate(cuda_graphs=False)
+        run(llama, batch, past_key_values=AnTKVCache(llama.config, codebook=codebook), custom_generate=switched_off)
+        run(llama, batch, custom_generate=antkv_generate(config=AnTKVConfig.preset("ott-2bit")))
     monkeypatch.setattr(EagerGraph, "runs_python", False)
     refused("as CUDA graphs: backend 'reference' looks at lengths on the host; leave cuda_graphs out")
     with pytest.warns(UserWarning, match="backend 'reference' looks at lengths.*goes on without them"):

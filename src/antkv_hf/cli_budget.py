@@ -72,3 +72,6 @@ def budget(
         typer.echo(f"{choice.name:<{width}}  " + "  ".join(parts))
     if best is not None:
         typer.echo(f"take {best.name}")
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and tokens is not None and tokens > longest:
+        typer.echo(f"note: the model's config names {longest:,} tokens as its longest context")

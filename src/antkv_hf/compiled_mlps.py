@@ -7,6 +7,7 @@ meanwhile find its MLPs as they were; those that want to exchange them wait.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,13 +34,17 @@ def compile_options(given: bool | dict[str, Any]) -> dict[str, Any] | None:
 
     Raises:
         TypeError: for anything but a bool or a dict.
-        ValueError: for a mode that captures CUDA graphs of its own, inside which no other can be captured.
+        ValueError: for an argument that ``torch.compile`` does not take, and for a mode that captures CUDA graphs of
+            its own, inside which no other can be captured.
     """
     if not isinstance(given, (bool, dict)):
         raise TypeError(f"compile_mlps={given!r} is neither a bool nor a dict of arguments of torch.compile")
     if given is False:
         return None
     options = DEFAULTS | (given if isinstance(given, dict) else {})
+    known = [name for name in inspect.signature(torch.compile).parameters if name != "model"]
+    if unknown := sorted(map(str, set(options) - set(known))):
+        raise ValueError(f"compile_mlps has {unknown[0]!r}, but torch.compile takes {', '.join(known)}")
     if options.get("mode") in _OWN_GRAPHS:
         raise ValueError(
             f"compile_mlps with mode={options['mode']!r} would capture CUDA graphs inside the step's own: take "

@@ -302,7 +302,7 @@ class AnTKVConfig:
     def replace(self, **changes: Any) -> AnTKVConfig:
         """A copy with some fields changed; fields of `AnchorConfig` may be given as ``anchor_<field>``."""
         anchor_changes = {k.removeprefix("anchor_"): changes.pop(k) for k in list(changes) if k.startswith("anchor_")}
-        _check_fields(AnchorConfig, anchor_changes)
+        _check_fields(AnchorConfig, anchor_changes, "anchor_")
         _check_fields(AnTKVConfig, changes)
         if anchor_changes:
             changes["anchors"] = dataclasses.replace(changes.get("anchors", self.anchors), **anchor_changes)
@@ -352,7 +352,9 @@ def _layer_specs(data: Any) -> dict[int, SpecPair]:
     return found
 
 
-def _check_fields(cls: type, given: dict[str, Any]) -> None:
-    known = sorted(f.name for f in dataclasses.fields(cls))
-    if unknown := sorted(set(given) - set(known)):
+def _check_fields(cls: type, given: dict[str, Any], prefix: str = "") -> None:
+    """Raises ValueError for a name in `given` that is no field of `cls`; in the message all have the `prefix`."""
+    known = sorted(prefix + f.name for f in dataclasses.fields(cls))
+    if unknown := sorted({prefix + name for name in given} - set(known)):
+        known += ["anchor_<field of AnchorConfig>"] if cls is AnTKVConfig else []
         raise ValueError(f"unknown config field {unknown[0]!r}; known fields are {', '.join(known)}")

@@ -12,7 +12,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from . import graphs
 from .cache.cache import AnTKVCache
-from .cache.prompt_guard import check_generate, locals_above
+from .cache.prompt_guard import check_generate, check_room, locals_above
 from .codebook import AnTKVCodebook
 from .compiled_mlps import compile_options
 from .config import AnTKVConfig, check_config
@@ -58,6 +58,11 @@ def antkv_generate(
         TypeError, ValueError: `compile_mlps` is neither a bool nor arguments that work within a captured step, or
             asked for with ``cuda_graphs=False``; another argument is of another kind.
     """
+    if codebook is not None and not isinstance(codebook, (str, Path, AnTKVCodebook)):
+        raise TypeError(
+            f"codebook is a {type(codebook).__name__}: give a codebook or its name, antkv_generate(repo), and the "
+            "model to what it returns: model.generate(..., custom_generate=antkv_generate(repo))"
+        )
     check_config(config)
     if max_length is not None:
         whole_number("max_length", max_length, 4096)
@@ -112,9 +117,11 @@ def antkv_generate(
             mesh = getattr(model, "_device_mesh", None)
             cache = AnTKVCache(model.config, config, codebook, max_length=limit, device_mesh=mesh)
             model_kwargs["past_key_values"] = cache
-        _warn_if_short(cache.max_length, _tokens(input_ids), generation_config.max_length)
+            check_room(cache.max_length, _tokens(input_ids), generation_config.max_length)
+        avoidable = False  # whether the caller might have had replayed steps
         if unusable is None:
             unusable = graphs.obstacle(model, cache, model_kwargs.get("attention_mask"))
+            avoidable = unusable is not None and size_obstacle(cache.antkv_config) is None
         if unusable is None:
             model = graphs.graphed(model, cache, strict=bool(cuda_graphs), compile_options=options)
         elif cuda_graphs:
@@ -122,7 +129,15 @@ def antkv_generate(
                 f"cuda_graphs=True, but decode steps cannot be replayed: {unusable}; leave cuda_graphs out"
             )
         elif options is not None:
-            warnings.warn(f"compile_mlps is left out, since decode steps cannot be replayed: {unusable}", stacklevel=3)
+            warnings.warn(
+                f"antkv_generate: compile_mlps is left out, since decode steps cannot be replayed: {unusable}",
+                stacklevel=3,
+            )
+        elif avoidable:
+            warnings.warn(
+                f"antkv_generate: decode steps are not replayed as CUDA graphs: {unusable}; give cuda_graphs=False to "
+                "say that this is meant", stacklevel=3,
+            )  # fmt: skip
         return decode(model, input_ids, generation_config=generation_config, **model_kwargs)
 
     return generate
@@ -130,27 +145,6 @@ def antkv_generate(
 
 def _tokens(input_ids: torch.Tensor | None) -> int:
     return 0 if input_ids is None else input_ids.shape[1]
-
-
-def _warn_if_short(room: int | None, prompt: int, longest: int) -> None:
-    """Warns before any token is written that a cache of `room` tokens may not last for a text of `longest`.
-
-    Raises:
-        ValueError: the prompt alone is longer, with the room that the whole text needs.
-    """
-    needed = longest - 1  # the last token is not read again
-    if room is not None and prompt > room:
-        raise ValueError(
-            f"{prompt} tokens of prompt and up to {longest - prompt} new ones need room for {max(needed, prompt)}, but "
-            f"the cache was made with max_length={room}: make it with max_length={max(needed, prompt)}"
-        )
-    if room is not None and 0 < prompt <= room < needed:
-        warnings.warn(
-            f"{prompt} tokens of prompt and up to {longest - prompt} new ones can need room for {needed}, but the "
-            f"cache was made with max_length={room}: a text that does not end before stops with an error; make it with "
-            f"max_length={needed}, or lower max_new_tokens",
-            stacklevel=3,
-        )
 
 
 def _no_gpu(model) -> str | None:

@@ -25,8 +25,10 @@ from .layer import AnTKVLayer, checked_rows, drop_states
 from .prompt_guard import (
     PromptGuard,
     check_generate,
+    check_room,
     forward_input_ids,
     generate_input_ids,
+    generate_max_length,
     generate_use_cache,
 )
 
@@ -297,6 +299,20 @@ class AnTKVCache(Cache):
             dense_bytes=dense,
         )
 
+    def __repr__(self) -> str:
+        config, quantized = self.antkv_config, len(self.quantized_layers)
+        specs = (
+            "specs by layer"
+            if config.layer_specs
+            else "exact"
+            if config.key is None
+            else f"{config.key}/{config.value}"
+        )
+        return (
+            f"AnTKVCache({specs}, {quantized} of {len(self.layers)} layers quantized, {self.get_seq_length()} tokens, "
+            f"max_length={self.max_length})"
+        )
+
     def anchor_count(self) -> int:
         """Anchor and sink tokens kept, over all sequences, layers and kv heads."""
         stored = [layer.storage for layer in self.quantized_layers if layer.storage is not None]
@@ -401,6 +417,8 @@ class AnTKVCache(Cache):
             )
         if why is not None:
             self.reset()
+        if ids is not None and (longest := generate_max_length()) is not None:
+            check_room(self.max_length, ids.shape[1], longest)
         self.__dict__["_user_defined"] = value
         for layer in self.quantized_layers:  # assisted decoding switches it on again; others never call crop
             layer.record_past = False

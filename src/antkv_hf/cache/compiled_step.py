@@ -18,7 +18,7 @@ _LAYERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 # Compiled code may be captured in CUDA graphs around this operator, never with it.
 _TAGS = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch._C.Tag, name, None)) is not None)
-_ELSEWHERE = (
+ELSEWHERE = (
     'a cache with compileable=True is compiled in the "antkv" lane only: call model.set_attn_implementation("antkv"), '
     "or make it without compileable; it holds the prompt already, so then call cache.reset() first"
 )
@@ -44,11 +44,11 @@ class NewToken:
         self.ticket, self.tensor = ticket, tensor
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(_ELSEWHERE)
+        raise RuntimeError(ELSEWHERE)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        raise RuntimeError(_ELSEWHERE)
+        raise RuntimeError(ELSEWHERE)
 
 
 def attend_new_token(

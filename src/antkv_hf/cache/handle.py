@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from ..attention.attend import attend
 from ..attention.backends import Backend
 from ..storage import LayerStorage, Snapshot
+from .compiled_step import ELSEWHERE
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -35,7 +36,11 @@ class SharedSnapshot:
 
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None = None, **options) -> torch.Tensor:
         length = self.snapshot.length
-        if mask is not None and query.shape[2] == 1 and mask.shape[-1] == (self.fixed_columns or length) > length:
+        if mask is not None and mask.shape[-1] == (self.fixed_columns or length) > length:
+            if query.shape[2] > 1:  # a prompt's: only other lanes make it so wide
+                raise ValueError(
+                    f"the attention mask covers {mask.shape[-1]} keys, but the cache holds {length}: {ELSEWHERE}"
+                )
             mask = mask[..., :length]
         wiring: dict[str, Any] = dict(backend=self.backend, observer=self.observer, commit=self.commit)
         return attend(self.snapshot, query, mask, **wiring, **options)

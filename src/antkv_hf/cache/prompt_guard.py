@@ -10,6 +10,7 @@ ids, torch.compile), the guard knows less and stays silent; tests pin both.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -69,6 +70,36 @@ def generate_use_cache() -> bool | None:
     """`use_cache` of the `generate` call that is marking its cache; None if it cannot be seen."""
     config = next(locals_above("_prepare_cache_for_generation", "generation_config", _FRAMES_TO_GENERATE), None)
     return getattr(config, "use_cache", None)
+
+
+def generate_max_length() -> int | None:
+    """Tokens that a text may have, prompt included, in the `generate` call that is marking its cache, if it is seen."""
+    config = next(locals_above("_prepare_cache_for_generation", "generation_config", _FRAMES_TO_GENERATE), None)
+    return getattr(config, "max_length", None)
+
+
+def check_room(room: int | None, prompt: int, longest: int) -> None:
+    """Warns before any token is written that a cache of `room` tokens may not last for a text of `longest`.
+
+    Args:
+        prompt: its tokens, those that the cache holds included.
+
+    Raises:
+        ValueError: the prompt alone is longer, with the room that the whole text needs.
+    """
+    needed = longest - 1  # the last token is not read again
+    if room is not None and prompt > room:
+        raise ValueError(
+            f"{prompt} tokens of prompt and up to {longest - prompt} new ones need room for {max(needed, prompt)}, but "
+            f"the cache was made with max_length={room}: make it with max_length={max(needed, prompt)}"
+        )
+    if room is not None and 0 < prompt <= room < needed:
+        warnings.warn(
+            f"AnTKVCache: {prompt} tokens of prompt and up to {longest - prompt} new ones can need room for {needed}, "
+            f"but the cache was made with max_length={room}: a text that does not end before stops with an error; make "
+            f"it with max_length={needed}, or lower max_new_tokens",
+            stacklevel=4,
+        )
 
 
 def forward_input_ids(batch: int, length: int) -> torch.Tensor | None:
