@@ -190,6 +190,27 @@ def test_too_long_is_an_error_before_anything_changes(llama, codebook):
         AnTKVCache(llama.config, codebook=codebook, max_length=0)
 
 
+@pytest.mark.parametrize("new", (1, 2, 20))
+def test_anchors_without_a_slot_are_an_error_before_anything_changes(llama, codebook, new):
+    """Crops leave layers different numbers of anchors: the last layer's are asked for before the first one changes."""
+    _, cache = pair(llama, codebook, 60)
+    tail = WINDOW + CHUNK - (new == 2)  # one token more, or those that come, and a chunk has left the window
+    llama(prompt(CHUNK + WINDOW), past_key_values=cache)
+    for i in range(cache.get_seq_length(), CHUNK + tail):
+        llama(prompt(1, seed=i), past_key_values=cache)
+    storages = [layer.storage for layer in cache.layers]
+    assert storages[0].counts.tail == tail
+    storages[-1].set_counts(storages[-1].counts._replace(slots=storages[-1].buffers.anchors.positions.shape[2]))
+    before = [t.clone() for s in storages for t in (*s.buffers.tensors(), s.buffers.lengths)]
+    with pytest.raises(ValueError, match="slots of anchors are in use and .* more are needed, but max_length=60"):
+        llama(prompt(new, seed=99), past_key_values=cache)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, [t for s in storages for t in (*s.buffers.tensors(), s.buffers.lengths)])
+    )
+    assert cache.get_seq_length() == CHUNK + tail
+
+
 @pytest.mark.parametrize(
     "settings, why",
     [

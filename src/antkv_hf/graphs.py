@@ -241,7 +241,7 @@ class GraphedModel:
         self._compile_mlps()
         if storages[0].must_encode:
             for storage in storages:
-                storage.require_slots(storage.slots_per_chunk)
+                storage.check_slots(1)
             if self._encode is None:
                 self._encode = _Replayed(partial(_encode_chunks, storages), self._make_graph())
             chunk = storages[0].config.chunk

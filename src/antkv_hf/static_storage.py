@@ -277,7 +277,7 @@ class StaticStorage(LayerStorage):
         coded, tail, slots = self._counts
         ready = max((tail - config.window) // chunk * chunk, 0)
         new_slots = ready // chunk * self.slots_per_chunk
-        self.require_slots(new_slots)
+        self._require_slots(new_slots)
         step = max(chunk, ENCODE_BLOCK // chunk * chunk)
         for start in range(0, ready, step):
             stop = min(start + step, ready)
@@ -294,7 +294,7 @@ class StaticStorage(LayerStorage):
     def encode_chunk(self) -> None:
         """Encodes the tail's first chunk: the same work on the same buffers every time, and no wait for the host."""
         (coded, tail, slots), chunk, b = self._counts, self.config.chunk, self.buffers
-        self.require_slots(self.slots_per_chunk)
+        self._require_slots(self.slots_per_chunk)
         first = b.lengths[0].long()
         self._first_slot = b.lengths[2]
         self._write_codes(first, self._encode(0, chunk, first))
@@ -340,8 +340,13 @@ class StaticStorage(LayerStorage):
         bit = torch.where(index >= 0, 1 << (index % 8), 0).to(torch.uint8)
         self.buffers.exact_bits.scatter_add_(2, index.clamp_min(0) // 8, bit)
 
-    def require_slots(self, new: int) -> None:
-        """Raises ValueError, with nothing changed, if there is no room for the anchors of another `new` slots."""
+    def check_slots(self, new_tokens: int) -> None:
+        """Raises ValueError, with nothing changed, if they push out of the window chunks whose anchors have no slot."""
+        tail, config = self._counts.tail, self.config
+        tail += new_tokens if new_tokens > 1 else 0  # one alone is added after what is ready has been encoded
+        self._require_slots(max((tail - config.window) // config.chunk, 0) * self.slots_per_chunk)
+
+    def _require_slots(self, new: int) -> None:
         anchors, used = self.buffers.anchors, self._counts.slots
         if anchors is not None and used + new > anchors.positions.shape[2]:
             raise ValueError(

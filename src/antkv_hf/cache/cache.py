@@ -16,7 +16,7 @@ from ..attention.backends import select_backend
 from ..codebook import AnTKVCodebook, describe_model
 from ..config import AnTKVConfig, VQSpec, check_config
 from ..specs import whole_number
-from ..static_storage import size_obstacle
+from ..static_storage import StaticStorage, size_obstacle
 from ..tensor_parallel import check_heads, tp_size
 from . import budget, interface, persistence
 from .build import cache_layers, check_arguments, check_model
@@ -331,6 +331,11 @@ class AnTKVCache(Cache):
         if layer_idx != first or (torch.compiler.is_compiling() and self.is_compileable):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         start = self._first.get_seq_length()
+        for (
+            layer
+        ) in self.quantized_layers:  # before the first one changes: crops leave them different numbers of anchors
+            if isinstance(layer.storage, StaticStorage):
+                layer.storage.check_slots(key_states.shape[2])
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if getattr(self._first.storage, "planned", None) is None:  # a captured step's ids are a graph's buffer
             self.note_tokens(forward_input_ids(key_states.shape[0], key_states.shape[2]), start)
