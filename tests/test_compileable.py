@@ -166,13 +166,14 @@ def test_a_refused_step_changes_no_layer(llama, codebook):
         llama(torch.full((1, 2), 5), past_key_values=cache, attention_mask=torch.zeros(1, 1, 2, 42))
 
 
-def test_another_lane_is_named(codebook):
-    model = tiny_llama(num_hidden_layers=2)
-    cache = AnTKVCache(model.config, codebook=codebook, max_length=100, compileable=True)
-    with pytest.raises(
-        ValueError, match=r"covers 100 keys, but the cache holds 4[01]: .*set_attn_implementation\(\"antkv\"\)"
-    ):
-        run(model, inputs(0), cache)
+def test_another_lane_is_named(llama, codebook):
+    """There transformers gives a prompt, or a token whose query heads are packed as rows, a compiled step's mask."""
+    cache = AnTKVCache(llama.config, codebook=codebook, max_length=100, compileable=True)
+    llama(torch.full((1, 40), 5), past_key_values=cache)
+    storage = cache.layers[0].storage
+    shared = SharedSnapshot(storage.snapshot(), storage.backend, None, False, fixed_columns=100)
+    with pytest.raises(ValueError, match=r"covers 100 keys, but the cache holds 40: .*set_attn_implementation\("):
+        shared.attend(torch.zeros(1, 2, 2, 16), torch.zeros(1, 1, 1, 100))
 
 
 def test_compileable_needs_max_length_and_every_layer(llama, codebook):

@@ -228,6 +228,11 @@ def test_max_length_is_reached(llama, codebook, stand_in):
         pytest.raises(ValueError, match=wanted),
     ):
         run(llama, inputs(0), past_key_values=AnTKVCache(llama.config, codebook=codebook, max_length=50))
+    kept = AnTKVCache(llama.config, codebook=codebook, max_length=60, on_new_prompt="reset")
+    run(llama, inputs(0, n=20), past_key_values=kept)
+    with pytest.raises(ValueError, match="80 tokens of prompt and up to 28 new ones need room for 107"):
+        run(llama, inputs(0, n=80), past_key_values=kept)
+    assert kept.get_seq_length() == 47, "a refused prompt costs nothing"
     small = AnTKVCache(llama.config, codebook=codebook, max_length=30)
     with pytest.raises(ValueError, match="up to 28 new ones need room for 67, .*=30: make it with max_length=67"):
         run(llama, inputs(0), past_key_values=small)
@@ -262,6 +267,7 @@ def test_what_is_in_the_way_is_said(llama, codebook, stand_in, monkeypatch):
         switched_off = antkv_generate(cuda_graphs=False)
         run(llama, batch, past_key_values=AnTKVCache(llama.config, codebook=codebook), custom_generate=switched_off)
         run(llama, batch, custom_generate=antkv_generate(config=AnTKVConfig.preset("ott-2bit")))
+        run(llama, batch, custom_generate=antkv_generate(codebook, CONFIG.replace(skip_layers=(1,))))
     monkeypatch.setattr(EagerGraph, "runs_python", False)
     refused("as CUDA graphs: backend 'reference' looks at lengths on the host; leave cuda_graphs out")
     with pytest.warns(UserWarning, match="backend 'reference' looks at lengths.*goes on without them"):

@@ -45,7 +45,8 @@ def antkv_generate(
         config: replaces the codebook's defaults.
         max_length: tokens, prompt included, that a cache is made for (`AnTKVCache`). By default as many as the call
             can give where steps are replayed, and a cache that grows elsewhere.
-        cuda_graphs: None: where they can be used; True: raise where they cannot; False: never.
+        cuda_graphs: None: where they can be used, with a warning where only the call stands in the way; True: raise
+            where they cannot; False: never.
         compile_mlps: whether `torch.compile` makes the MLPs of the model's layers faster in replayed steps (see
             `compiled_mlps`), or its arguments: ``dict(mode="max-autotune-no-cudagraphs")``. The model is left as it is.
             Compiling takes seconds to a minute, once a process; fused 16-bit sums round otherwise, so that a token can
@@ -118,10 +119,10 @@ def antkv_generate(
             cache = AnTKVCache(model.config, config, codebook, max_length=limit, device_mesh=mesh)
             model_kwargs["past_key_values"] = cache
             check_room(cache.max_length, _tokens(input_ids), generation_config.max_length)
-        avoidable = False  # whether the caller might have had replayed steps
+        avoidable = False  # whether another call would have had replayed steps
         if unusable is None:
             unusable = graphs.obstacle(model, cache, model_kwargs.get("attention_mask"))
-            avoidable = unusable is not None and size_obstacle(cache.antkv_config) is None
+            avoidable = unusable is not None and graphs.lasting_obstacle(model, cache) is None
         if unusable is None:
             model = graphs.graphed(model, cache, strict=bool(cuda_graphs), compile_options=options)
         elif cuda_graphs:

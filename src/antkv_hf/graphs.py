@@ -116,24 +116,33 @@ def obstacle(model, cache: AnTKVCache, attention_mask: torch.Tensor | None = Non
     Args:
         attention_mask: the prompt's, ``(batch, n)``: padding must be on the left. Looked at on the host.
     """
+    if (lasting := lasting_obstacle(model, cache)) is not None:
+        return lasting
     if cache.max_length is None:
-        return size_obstacle(cache.antkv_config) or "the cache grows: make it with max_length"
+        return "the cache grows: make it with max_length"
     if cache.is_compileable:
         return "the cache is for torch.compile: make it without compileable"
-    if len(cache.quantized_layers) < len(cache.layers):
-        return f"{len(cache.layers) - len(cache.quantized_layers)} of {len(cache.layers)} layers are not quantized"
     if (lane := _lane(model)) not in LANES:
         return f"attn_implementation={lane!r} is not one of {LANES}"
-    if len(devices := set(getattr(model, "hf_device_map", {}).values())) > 1:
-        return f"the model is spread over {len(devices)} devices"
     if model.device.type == "cuda" and model.device.index not in (None, torch.cuda.current_device()):
         return f"the model is on {model.device}, not on the current GPU: torch.cuda.set_device({model.device.index})"
     if model.training:
         return "the model is in training mode: call model.eval()"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return f"{type(model).__name__} takes no position_ids"
     if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
         return "the attention mask hides tokens after the first one that it shows: only left padding is kept in a cache"
+    return None
+
+
+def lasting_obstacle(model, cache: AnTKVCache) -> str | None:
+    """Of the obstacles those that another call with this model and codec would meet again."""
+    if cache.max_length is None and (size := size_obstacle(cache.antkv_config)) is not None:
+        return size
+    if len(cache.quantized_layers) < len(cache.layers):
+        return f"{len(cache.layers) - len(cache.quantized_layers)} of {len(cache.layers)} layers are not quantized"
+    if len(devices := set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return f"the model is spread over {len(devices)} devices"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return f"{type(model).__name__} takes no position_ids"
     return None
 
 

@@ -109,6 +109,7 @@ class AnTKVCache(Cache):
         self._text_config = text  # what `save` tells of the model
         self._encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
         self._guard = PromptGuard()
+        self._told_of_room = False
         super().__init__(layers=layers)
         self._first = self.quantized_layers[0]
 
@@ -334,7 +335,7 @@ class AnTKVCache(Cache):
         for (
             layer
         ) in self.quantized_layers:  # before the first one changes: crops leave them different numbers of anchors
-            if isinstance(layer.storage, StaticStorage):
+            if isinstance(layer.storage, StaticStorage) and not layer.record_past:  # those are encoded by crop
                 layer.storage.check_slots(key_states.shape[2])
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if getattr(self._first.storage, "planned", None) is None:  # a captured step's ids are a graph's buffer
@@ -368,6 +369,7 @@ class AnTKVCache(Cache):
     def reset(self) -> None:
         """Forgets everything; the cache can then take another prompt."""
         self._guard.forget()
+        self._told_of_room = False
         self.__dict__.pop("_graphed", None)  # `graphs.graphed`: they hold the old buffers
         for layer in self.layers:
             drop_states(layer)
@@ -420,10 +422,10 @@ class AnTKVCache(Cache):
                 f"this AnTKVCache cannot continue the prompt: {why}. Call cache.reset() first, make a new cache, or "
                 'build it with on_new_prompt="reset".'
             )
+        if ids is not None and (longest := generate_max_length()) is not None:
+            self._told_of_room |= check_room(self.max_length, ids.shape[1], longest, self._told_of_room)
         if why is not None:
             self.reset()
-        if ids is not None and (longest := generate_max_length()) is not None:
-            check_room(self.max_length, ids.shape[1], longest)
         self.__dict__["_user_defined"] = value
         for layer in self.quantized_layers:  # assisted decoding switches it on again; others never call crop
             layer.record_past = False

@@ -78,7 +78,8 @@ def decode_step(
 
     Raises:
         ValueError: as the layer's ``update``, and for a mask of another width. The layer has not changed then, and as
-            the first layer is the first to be asked, no other has.
+            the first layer is the first to be asked, no other has (but for anchors without a slot after many crops,
+            which each layer finds by itself).
     """
     held = _LAYERS[layer]
     limit, length = held.get_max_length(), held.get_seq_length() + 1

@@ -37,7 +37,7 @@ class SharedSnapshot:
     def attend(self, query: torch.Tensor, mask: torch.Tensor | None = None, **options) -> torch.Tensor:
         length = self.snapshot.length
         if mask is not None and mask.shape[-1] == (self.fixed_columns or length) > length:
-            if query.shape[2] > 1:  # a prompt's: only other lanes make it so wide
+            if query.shape[2] > 1:  # newer transformers pack a token's query heads as rows in the sdpa lane
                 raise ValueError(
                     f"the attention mask covers {mask.shape[-1]} keys, but the cache holds {length}: {ELSEWHERE}"
                 )

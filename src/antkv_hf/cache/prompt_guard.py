@@ -78,11 +78,15 @@ def generate_max_length() -> int | None:
     return getattr(config, "max_length", None)
 
 
-def check_room(room: int | None, prompt: int, longest: int) -> None:
+def check_room(room: int | None, prompt: int, longest: int, told: bool = False) -> bool:
     """Warns before any token is written that a cache of `room` tokens may not last for a text of `longest`.
 
     Args:
         prompt: its tokens, those that the cache holds included.
+        told: leaves the warning out.
+
+    Returns:
+        Whether the cache may be too short.
 
     Raises:
         ValueError: the prompt alone is longer, with the room that the whole text needs.
@@ -93,13 +97,15 @@ def check_room(room: int | None, prompt: int, longest: int) -> None:
             f"{prompt} tokens of prompt and up to {longest - prompt} new ones need room for {max(needed, prompt)}, but "
             f"the cache was made with max_length={room}: make it with max_length={max(needed, prompt)}"
         )
-    if room is not None and 0 < prompt <= room < needed:
+    short = room is not None and 0 < prompt <= room < needed
+    if short and not told:
         warnings.warn(
             f"AnTKVCache: {prompt} tokens of prompt and up to {longest - prompt} new ones can need room for {needed}, "
             f"but the cache was made with max_length={room}: a text that does not end before stops with an error; make "
-            f"it with max_length={needed}, or lower max_new_tokens",
+            f"it with max_length={needed}, or ask for fewer new tokens",
             stacklevel=4,
         )
+    return short
 
 
 def forward_input_ids(batch: int, length: int) -> torch.Tensor | None:
@@ -116,26 +122,30 @@ class PromptGuard:
     """Remembers the tokens that a cache was filled with, from its start on, and compares the next prompt with them."""
 
     def __init__(self) -> None:
-        self._known: torch.Tensor | None = None  # int64 (batch, n) on the CPU
+        self._blocks: list[torch.Tensor] = []  # int64 (batch, n) on the CPU, one behind the other
         self._loose: list[torch.Tensor] = []  # what follows, as it came
+        self.length = 0  # known tokens
 
     def __deepcopy__(self, memo: dict) -> PromptGuard:
-        copy = PromptGuard()
-        copy._known, copy._loose = self._known, list(self._loose)  # tensors are never changed in place
+        copy = PromptGuard()  # tensors are never changed in place
+        copy._blocks, copy._loose, copy.length = list(self._blocks), list(self._loose), self.length
         return copy
 
     @property
     def ids(self) -> torch.Tensor | None:
         """Known tokens ``(batch, n)``, int64 on the CPU; None if there are none."""
-        if self._loose:
-            parts = [] if self._known is None else [self._known]
-            self._known, self._loose = torch.cat([*parts, *(ids.cpu() for ids in self._loose)], 1), []
-        return self._known
+        self._gather()
+        if len(self._blocks) > 1:
+            self._blocks = [torch.cat(self._blocks, 1)]
+        return self._blocks[0] if self._blocks else None
 
-    @property
-    def length(self) -> int:
-        known = 0 if self._known is None else self._known.shape[1]
-        return known + sum(ids.shape[1] for ids in self._loose)
+    def _gather(self) -> None:
+        """Brings what is loose to the CPU: in one copy, since each waits for the device."""
+        if self._loose:
+            one_device = len({ids.device for ids in self._loose}) == 1
+            parts = self._loose if one_device else [ids.cpu() for ids in self._loose]
+            self._blocks.append(torch.cat(parts, 1).cpu())
+            self._loose = []
 
     def read(self, ids: torch.Tensor | None, start: int) -> None:
         """Notes that the cache took the tokens `ids` ``(batch, n)`` (None: not known) after its first `start` ones."""
@@ -143,8 +153,9 @@ class PromptGuard:
         if ids is None or start != self.length:
             return
         self._loose.append(ids.detach().clone())
+        self.length += ids.shape[1]
         if len(self._loose) >= _LOOSE:
-            _ = self.ids
+            self._gather()
 
     def crop(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""
@@ -153,12 +164,12 @@ class PromptGuard:
         elif length < self.length:
             ids = self.ids
             assert ids is not None
-            self._known = ids[:, :length].clone()
+            self._blocks, self.length = [ids[:, :length].clone()], length
 
     def map_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Applies `change` (a selection or repetition along dimension 0, of a tensor on the CPU)."""
         if (ids := self.ids) is not None:
-            self._known = change(ids)
+            self._blocks = [change(ids)]
 
     def mismatch(self, ids: torch.Tensor, length: int) -> str | None:
         """Why a cache of `length` tokens cannot continue the prompt `ids`, or None if it can (or it is not known)."""
@@ -181,7 +192,7 @@ class PromptGuard:
 
     def remember(self, ids: torch.Tensor) -> None:
         """Starts over with the tokens `ids` ``(batch, n)``."""
-        self._known, self._loose = ids.detach().cpu().clone(), []
+        self._blocks, self._loose, self.length = [ids.detach().cpu().clone()], [], ids.shape[1]
 
     def forget(self) -> None:
-        self._known, self._loose = None, []
+        self._blocks, self._loose, self.length = [], [], 0
