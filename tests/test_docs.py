@@ -76,6 +76,7 @@ def test_links_lead_somewhere():
             assert target.exists(), f"{page.name}: {link}"
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-                assert anchor in [heading.lower().replace(" ", "-") for heading in headings], f"{page.name}: {link}"
+                anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in anchors, f"{page.name}: {link}"
             seen += 1
     assert seen > 30
