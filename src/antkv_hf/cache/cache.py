@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +19,7 @@ from ..static_storage import StaticStorage, size_obstacle
 from ..tensor_parallel import check_heads, tp_size
 from . import budget, interface, persistence
 from .build import cache_layers, check_arguments, check_model
-from .footprint import MemoryFootprint
+from .footprint import MemoryFootprint, measure
 from .layer import AnTKVLayer, checked_rows, drop_states
 from .prompt_guard import (
     PromptGuard,
@@ -270,45 +269,11 @@ class AnTKVCache(Cache):
         Every buffer of keys and values is counted; not the ids of the tokens that were read, 8 bytes each on the CPU.
         Under tensor parallelism: those of this process, which holds its share of the heads.
         """
-        sizes: Counter[str] = Counter(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0, reserved=0)
-        coded_elements = elements = dense = tables = 0
-        for layer in self.layers:
-            if not isinstance(layer, AnTKVLayer):
-                held = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-                size = sum(t.numel() * t.element_size() for t in held)
-                sizes["other_layers"] += size
-                dense += size
-            elif layer.storage is not None:
-                storage = layer.storage
-                sizes.update(storage.memory_bytes())
-                keys, values = storage.tail_keys, storage.tail_values
-                width = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])  # elements of a token
-                coded_elements += storage.coded_length * width
-                elements += storage.length * width
-                dense += storage.length * width * keys.element_size()
-                tables += storage.codec.memory_bytes()
-        first = self._first
-        batch = max(first.batch_size, 0)
-        coded = 0 if first.storage is None else first.storage.coded_length
-        return MemoryFootprint(
-            **sizes,
-            tables=tables,
-            tokens=batch * first.get_seq_length(),
-            coded_tokens=batch * coded,
-            coded_elements=coded_elements,
-            elements=elements,
-            dense_bytes=dense,
-        )
+        return measure(self.layers, self._first)
 
     def __repr__(self) -> str:
         config, quantized = self.antkv_config, len(self.quantized_layers)
-        specs = (
-            "specs by layer"
-            if config.layer_specs
-            else "exact"
-            if config.key is None
-            else f"{config.key}/{config.value}"
-        )
+        specs = "specs by layer" if config.layer_specs else f"{config.key}/{config.value}" if config.key else "exact"
         return (
             f"AnTKVCache({specs}, {quantized} of {len(self.layers)} layers quantized, {self.get_seq_length()} tokens, "
             f"max_length={self.max_length})"

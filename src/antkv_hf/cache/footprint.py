@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .layer import AnTKVLayer
 
 
 @dataclass(frozen=True)
@@ -74,3 +81,35 @@ class MemoryFootprint:
             f"{self.bits_per_element_with_window:.2f} with the window; {size} than DynamicCache ({self.dense_bytes:,})"
             f"{beside}; tables, shared by all caches of the model: {self.tables:,}"
         )
+
+
+def measure(layers: Iterable[Any], first: AnTKVLayer) -> MemoryFootprint:
+    """What the layers of a cache take, of which `first` is the first quantized one."""
+    sizes: Counter[str] = Counter(codes=0, anchors=0, sinks=0, window=0, scores=0, other_layers=0, reserved=0)
+    coded_elements = elements = dense = tables = 0
+    for layer in layers:
+        if not isinstance(layer, AnTKVLayer):
+            held = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+            size = sum(t.numel() * t.element_size() for t in held)
+            sizes["other_layers"] += size
+            dense += size
+        elif layer.storage is not None:
+            storage = layer.storage
+            sizes.update(storage.memory_bytes())
+            keys, values = storage.tail_keys, storage.tail_values
+            width = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])  # elements of a token
+            coded_elements += storage.coded_length * width
+            elements += storage.length * width
+            dense += storage.length * width * keys.element_size()
+            tables += storage.codec.memory_bytes()
+    batch = max(first.batch_size, 0)
+    coded = 0 if first.storage is None else first.storage.coded_length
+    return MemoryFootprint(
+        **sizes,
+        tables=tables,
+        tokens=batch * first.get_seq_length(),
+        coded_tokens=batch * coded,
+        coded_elements=coded_elements,
+        elements=elements,
+        dense_bytes=dense,
+    )
