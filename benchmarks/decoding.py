@@ -26,6 +26,7 @@ from antkv_hf.graphs import CudaGraph
 from antkv_hf.static_storage import Counts, StaticStorage
 from antkv_hf.storage import LayerStorage
 
+PROMPT = 7  # the token of which all prompts are made
 WARM_UP = 4  # steps before the clock starts: the prompt's last token, a warm-up, a capture, a replay
 BASELINE, COMPILED = "bfloat16, graphs", ", MLPs compiled"
 FLASH = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
@@ -60,7 +61,7 @@ def seconds_a_step(model, lane: Lane, cache, context: int, steps: int, limit: fl
     model.set_attn_implementation(lane.implementation)
     clock, new = Clock(limit), WARM_UP + steps
     batch = lane.batch_of(cache)
-    ids = torch.full((batch, context + 1), 7, device=model.device)  # a cache continues the prompt that it has seen
+    ids = torch.full((batch, context + 1), PROMPT, device=model.device)  # a cache continues the prompt that it has seen
     model.generate(
         ids, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
         stopping_criteria=[clock], custom_generate=lane.custom_generate,
@@ -208,6 +209,7 @@ def static_cache(
     cache = AnTKVCache(model.config, codebook=codebook, max_length=context + room, compileable=compileable)
     for layer in cache.quantized_layers:
         fill_layer(layer, *random_keys(model, batch, 0), context)
+    cache._guard.remember(torch.full((batch, context), PROMPT))  # so that steps note their tokens, as in use
     return cache
 
 
