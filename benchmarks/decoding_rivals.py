@@ -24,7 +24,7 @@ def rival_lane(name: str, model, codebook: AnTKVCodebook) -> Lane:
     """
     if name == STATIC:
         # generate compiles the forward in the first round and captures it in CUDA graphs.
-        # Its mask makes transformers repeat a layer's keys and values for every query head, in two copies.
+        # Its mask makes transformers repeat a layer's keys and values for every query head: group + 1 are too few.
         group = model.config.num_attention_heads // model.config.num_key_value_heads
         return Lane(
             "StaticCache, compiled", "sdpa", _static(model), _shorten, _batch_of, warm_ups=1, slow=True,
@@ -45,7 +45,7 @@ def rival_lane(name: str, model, codebook: AnTKVCodebook) -> Lane:
         cache.batch = batch
         return cache
 
-    # A layer's keys and values are decoded in every step, and joined with the exact ones; hqq holds twice as much.
+    # A layer's keys and values are decoded in every step, and joined with the exact ones; hqq's take more room.
     return Lane(
         f"QuantizedCache, {name}", "sdpa", filled, _restore, lambda cache: cache.batch, warm_ups=1, slow=True,
         layers_beside=8 if name.startswith("hqq") else 4,

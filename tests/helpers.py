@@ -72,3 +72,9 @@ def random_codebook(model, config: AnTKVConfig, seed: int = 0, rotary: Rotary | 
         for i in range(described["num_hidden_layers"])
     }
     return AnTKVCodebook(config, tables, described)
+
+
+def static_contents(cache) -> list[torch.Tensor]:
+    """Copies of all that a cache with `max_length` holds on its device."""
+    storages = [layer.storage for layer in cache.layers]
+    return [t.clone() for s in storages for t in (*s.buffers.tensors(), s.buffers.lengths, s.offset, s.query_moment)]

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_llama
-from helpers import random_codebook
+from helpers import random_codebook, static_contents
 from test_graphs import CONFIG, inputs
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
@@ -122,11 +122,6 @@ def test_another_lane_is_told_what_to_do(codebook):
     assert cache.get_seq_length() == 40, "as limits.md says"
 
 
-def contents(cache) -> list[torch.Tensor]:
-    storages = [layer.storage for layer in cache.layers]
-    return [t.clone() for s in storages for t in (*s.buffers.tensors(), s.buffers.lengths, s.offset, s.query_moment)]
-
-
 def test_a_refused_step_changes_no_layer(llama, codebook):
     """What is refused outside of a compiler is refused in the operator: room, batch, dtype, mask, gradients."""
     cache = AnTKVCache(llama.config, codebook=codebook, max_length=42, compileable=True)
@@ -135,13 +130,13 @@ def test_a_refused_step_changes_no_layer(llama, codebook):
     model = torch.compile(llama, backend="eager", fullgraph=True)
     one = torch.full((1, 1), 5)
     step = dict(input_ids=one, position_ids=one + 40, attention_mask=torch.ones(1, 1, 1, 42, dtype=torch.bool))
-    before = contents(cache)
+    before = static_contents(cache)
     for each in (llama, model):
         with pytest.raises(ValueError, match="42 cached and 1 new ones are 43"):
             each(**step, past_key_values=cache)
-    assert all(torch.equal(a, b) for a, b in zip(before, contents(cache), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, static_contents(cache), strict=True))
     cache.crop(-2)
-    before, ticket = contents(cache), cache.layers[0]._ticket
+    before, ticket = static_contents(cache), cache.layers[0]._ticket
     assert cache.fork().layers[0]._ticket.number not in (ticket.number, cache.layers[1]._ticket.number)
     query, kv = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 1, 16)
     for new, mask, message in (
@@ -154,7 +149,7 @@ def test_a_refused_step_changes_no_layer(llama, codebook):
     wants = NewToken(ticket, kv.clone().requires_grad_())
     with torch.enable_grad(), pytest.raises(ValueError, match=r"require grad.*torch\.no_grad"):
         attend_new_token(query, wants, wants, None, None, None, None)
-    assert all(torch.equal(a, b) for a, b in zip(before, contents(cache), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, static_contents(cache), strict=True))
     expected = llama(**step, past_key_values=cache.fork()).logits
     torch.testing.assert_close(model(**step, past_key_values=cache).logits, expected)
     cache.crop(-1)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import random_codebook
+from helpers import random_codebook, static_contents
 
 from antkv_hf import AnTKVCache, AnTKVConfig, VQSpec
 from antkv_hf.config import AnchorConfig
@@ -201,13 +201,10 @@ def test_anchors_without_a_slot_are_an_error_before_anything_changes(llama, code
     storages = [layer.storage for layer in cache.layers]
     assert storages[0].counts.tail == tail
     storages[-1].set_counts(storages[-1].counts._replace(slots=storages[-1].buffers.anchors.positions.shape[2]))
-    before = [t.clone() for s in storages for t in (*s.buffers.tensors(), s.buffers.lengths)]
+    before = static_contents(cache)
     with pytest.raises(ValueError, match="slots of anchors are in use and .* more are needed, but max_length=60"):
         llama(prompt(new, seed=99), past_key_values=cache)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(before, [t for s in storages for t in (*s.buffers.tensors(), s.buffers.lengths)])
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, static_contents(cache), strict=True))
     assert cache.get_seq_length() == CHUNK + tail
 
 

@@ -55,9 +55,9 @@ def random_ids(*shape: int) -> torch.Tensor:
 
 
 def decode(model, ids, cache, new: int, replayed: bool = True) -> torch.Tensor:
-    options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False)
     return model.generate(
-        ids, past_key_values=cache, custom_generate=antkv_generate(cuda_graphs=replayed), **options
+        ids, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+        custom_generate=antkv_generate(cuda_graphs=replayed),
     )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_a_replayed_encoding_needs_room_for_its_anchors(recorded):
 @pytest.mark.parametrize("masked", (False, True), ids=("no-mask", "mask"))
 def test_generation_replays_recorded_steps(masked, recorded, monkeypatch):
     model, codebook = kernel_model()
-    ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(1, 9)
     options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
     expected = model.generate(ids, past_key_values=AnTKVCache(model.config, codebook=codebook), **options)
     if masked:  # as transformers 5.17 does while a step is captured: it must not stay as it is
@@ -170,7 +170,7 @@ def test_a_captured_step_observes_beside_its_layers(recorded, monkeypatch):
     monkeypatch.setattr(RecordedGraph, "capture", branched)
     model, codebook = kernel_model("cpu", layers=2)
     options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
-    ids = torch.randint(3, 128, (1, 30), generator=torch.Generator().manual_seed(0))
+    ids = random_ids(1, 30)
     model.generate(ids, custom_generate=antkv_generate(codebook, cuda_graphs=True), **options)
     assert sorted((branch.readings, branch.joined) for branch in branches) == [(0, 1), (2, 1)]
 
@@ -185,7 +185,7 @@ def test_cuda_graphs_write_the_same_tokens(lane, case, monkeypatch):
     model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto")
     model.set_attn_implementation(lane)
     mask = torch.arange(30) >= torch.tensor([[0], [17], [29]] if case == "padded" else [[0]])
-    ids = torch.randint(3, 128, mask.shape, generator=torch.Generator().manual_seed(0)).masked_fill(~mask, 0)
+    ids = random_ids(*mask.shape).masked_fill(~mask, 0)
     options = dict(attention_mask=mask.long().cuda(), max_new_tokens=80, min_new_tokens=80, do_sample=False)
     options |= dict(do_sample=True, top_p=0.9) if case == "sampling" else {}
     written = []
@@ -222,7 +222,7 @@ def test_cuda_graphs_capture_the_kernel_in_cuda(dim, teams, monkeypatch):
     monkeypatch.setattr(cuda_decode, "plan", lambda shape, *sizes: (shape.in_teams if teams else shape, 2, 3))
     monkeypatch.setattr(graphs, "FIRST_BUCKET", 32)
     model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto", dim=dim, dtype=torch.float16)
-    ids = torch.randint(3, 128, (5, 30), generator=torch.Generator().manual_seed(0)).cuda()
+    ids = random_ids(5, 30).cuda()
     written, answered = [], []
     for replayed in (False, True):
         CALLS.clear()
@@ -246,14 +246,11 @@ def test_observations_beside_a_captured_step(held, monkeypatch):
     """The branch leaves behind what steps without graphs do, joined at the end of a step or in every layer."""
     monkeypatch.setattr(beside, "MOST_HELD", held)
     model, codebook = kernel_model("cuda", layers=3, heads=2, backend="auto")
-    ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0)).cuda()
+    ids = random_ids(2, 30).cuda()
     kept = []
     for replayed in (False, True):
         cache = AnTKVCache(model.config, codebook=codebook, max_length=120)
-        model.generate(
-            ids, past_key_values=cache, max_new_tokens=80, min_new_tokens=80, do_sample=False,
-            custom_generate=antkv_generate(cuda_graphs=replayed),
-        )  # fmt: skip
+        decode(model, ids, cache, 80, replayed)
         kept.append([layer.storage for layer in cache.layers])
     for stepped, replayed in zip(*kept):
         assert torch.equal(stepped.buffers.anchors.positions, replayed.buffers.anchors.positions)
@@ -266,7 +263,7 @@ def test_observations_beside_a_captured_step(held, monkeypatch):
 def test_compiled_mlps_in_cuda_graphs(options):
     """Inductor's kernels in captured steps write the tokens of a float32 model, which is left as it was."""
     model, codebook = kernel_model("cuda", layers=2, heads=2, backend="auto")
-    ids = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0)).cuda()
+    ids = random_ids(2, 30).cuda()
     lengths = dict(max_new_tokens=80, min_new_tokens=80, do_sample=False)
     written = []
     for compiled in (False, options):

@@ -26,9 +26,8 @@ from .prompt_guard import (
     check_generate,
     check_room,
     forward_input_ids,
+    generate_config,
     generate_input_ids,
-    generate_max_length,
-    generate_use_cache,
 )
 
 
@@ -297,15 +296,18 @@ class AnTKVCache(Cache):
         if layer_idx != first or (torch.compiler.is_compiling() and self.is_compileable):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         start = self._first.get_seq_length()
-        for (
-            layer
-        ) in self.quantized_layers:  # before the first one changes: crops leave them different numbers of anchors
-            if isinstance(layer.storage, StaticStorage) and not layer.record_past:  # those are encoded by crop
-                layer.storage.check_slots(key_states.shape[2])
+        if self.max_length is not None:
+            self._check_slots(key_states.shape[2])
         out = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if getattr(self._first.storage, "planned", None) is None:  # a captured step's ids are a graph's buffer
             self.note_tokens(forward_input_ids(key_states.shape[0], key_states.shape[2]), start)
         return out
+
+    def _check_slots(self, new_tokens: int) -> None:
+        """Raises ValueError, before the first layer changes, if one has no slot: crops leave them different numbers."""
+        for layer in self.quantized_layers:
+            if isinstance(layer.storage, StaticStorage) and not layer.record_past:  # recorded ones are encoded by crop
+                layer.storage.check_slots(new_tokens)
 
     def note_tokens(self, input_ids: torch.Tensor | None, start: int) -> None:
         """Notes the ids ``(batch, n)`` (None: not known) of what the cache took after its first `start` tokens."""
@@ -378,16 +380,17 @@ class AnTKVCache(Cache):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         """`generate` sets this at its start: the moment to notice a prompt that the cache does not hold."""
+        config = ids = None
         if value:
-            check_generate(generate_use_cache(), self.get_seq_length(), self._encoder_decoder)
-        ids = generate_input_ids() if value else None
+            config, ids = generate_config(), generate_input_ids()
+            check_generate(getattr(config, "use_cache", None), self.get_seq_length(), self._encoder_decoder)
         why = None if ids is None else self._guard.mismatch(ids, self.get_seq_length())
         if why is not None and self.on_new_prompt == "error":
             raise ValueError(
                 f"this AnTKVCache cannot continue the prompt: {why}. Call cache.reset() first, make a new cache, or "
                 'build it with on_new_prompt="reset".'
             )
-        if ids is not None and (longest := generate_max_length()) is not None:
+        if ids is not None and (longest := getattr(config, "max_length", None)) is not None:
             self._told_of_room |= check_room(self.max_length, ids.shape[1], longest, self._told_of_room)
         if why is not None:
             self.reset()

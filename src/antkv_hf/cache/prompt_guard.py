@@ -66,16 +66,9 @@ def check_generate(use_cache: bool | None, tokens: int | None, encoder_decoder: 
         )
 
 
-def generate_use_cache() -> bool | None:
-    """`use_cache` of the `generate` call that is marking its cache; None if it cannot be seen."""
-    config = next(locals_above("_prepare_cache_for_generation", "generation_config", _FRAMES_TO_GENERATE), None)
-    return getattr(config, "use_cache", None)
-
-
-def generate_max_length() -> int | None:
-    """Tokens that a text may have, prompt included, in the `generate` call that is marking its cache, if it is seen."""
-    config = next(locals_above("_prepare_cache_for_generation", "generation_config", _FRAMES_TO_GENERATE), None)
-    return getattr(config, "max_length", None)
+def generate_config() -> Any | None:
+    """The generation config of the `generate` call that is marking its cache; None if it cannot be seen."""
+    return next(locals_above("_prepare_cache_for_generation", "generation_config", _FRAMES_TO_GENERATE), None)
 
 
 def check_room(room: int | None, prompt: int, longest: int, told: bool = False) -> bool:
