@@ -281,6 +281,16 @@ def test_from_pretrained_and_changes(llama, codebook, tmp_path):
     assert out.shape == (1, 65)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no permission bits")
+def test_a_saved_codebook_can_be_read_by_whom_the_umask_lets(codebook, tmp_path):
+    old = os.umask(0o027)
+    try:
+        codebook.save_pretrained(tmp_path / "book")
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "book").iterdir()} == {0o640}
+
+
 def test_what_a_cache_says_of_itself(llama, codebook):
     specs = f"{codebook.config.key}/{codebook.config.value}"
     said = repr(AnTKVCache(llama.config, codebook=codebook, max_length=9))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,7 @@ class AnTKVCodebook(ModelHubMixin, library_name="antkv-hf", tags=["kv-cache", "q
         }
         data["sha256"] = json_sha256(data)
         (save_directory / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(save_directory / CONFIG_FILE, save_directory / TABLES_FILE)  # safetensors writes 0600
 
     def generate_model_card(self, *args: Any, repo_id: str | None = None, **kwargs: Any) -> ModelCard:
         return ModelCard(card_content(self, repo_id))
