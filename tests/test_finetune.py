@@ -327,12 +327,12 @@ def test_command_line(tmp_path):
     random_codebook(model, small).save_pretrained(tmp_path / "book")
     command = ["calibrate", str(tmp_path / "model"), str(text), "--device", "cpu", "-o", str(tmp_path / "out")]
     tuning = ["--finetune", "1", "--tokens", "1024", "--finetune-window", "32"]
-    tuning += ["--finetune-batch", "2", "--micro-batch", "1"]
+    tuning += ["--finetune-batch", "2", "--micro-batch", "1", "--finetune-windowed", "0.5", "--finetune-rate", "0.004"]
     given = ["--from", str(tmp_path / "book")]
     runner = CliRunner()
     assert runner.invoke(app, [*command, *tuning, *given]).exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "- finetune: {'steps': 1, 'batch': 2, 'window': 32" in card
+    assert "- finetune: {'steps': 1, 'batch': 2, 'window': 32, 'windowed': 0.5, 'learning_rate': 0.004" in card
     assert set(AnTKVCodebook.from_pretrained(tmp_path / "out").calibration["finetune"]["loss"]) == {"W0", "S16"}
     assert runner.invoke(app, [*command, *given, "--window", "64"]).exit_code == 0
     measured = AnTKVCodebook.from_pretrained(tmp_path / "out")
@@ -346,6 +346,9 @@ def test_command_line(tmp_path):
         (["--finetune", "1", "--tokens", "9000"], "tokens=9000 are 8 windows of 1024"),
         (["--finetune", "1", "--tokens", "9000"], "or lower --finetune-window"),
         (["--finetune", "1", "--tokens", "9000", "--finetune-batch", "1"], "8 held-out windows need 9"),
+        ([*tuning, "--finetune-windowed", "2"], "windowed=2.0 must lie between 0 and 1"),
+        ([*given, "--finetune-rate", "0.1"], "--finetune-rate is of fine-tuning: give --finetune STEPS"),
+        (["--micro-batch", "1", "--finetune-rate", "0.1"], "--micro-batch is of fine-tuning"),
     ):
         result = runner.invoke(app, [*command, *arguments])
         assert result.exit_code == 1 and message in result.stderr
