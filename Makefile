@@ -24,7 +24,7 @@ test: $(READY) lint types
 test-oldest: $(READY) $(VENV)/transformers-$(OLDEST)
 	PYTHONPATH=$(VENV)/transformers-$(OLDEST) OMP_NUM_THREADS=1 EXPECT_TRANSFORMERS=$(OLDEST) \
 		$(BIN)/python -m pytest -n $(WORKERS) tests/test_identity.py tests/test_cache.py tests/test_families.py \
-		tests/test_persistence.py tests/test_pipelines.py tests/test_refused.py
+		tests/test_persistence.py tests/test_pipelines.py tests/test_refused.py tests/test_silent_errors.py
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

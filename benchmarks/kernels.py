@@ -35,8 +35,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from antkv_hf.attention.tables import layer_tables
 from antkv_hf.codecs import LayerCodec
 from antkv_hf.config import VQSpec
+from antkv_hf.exact_tokens import ExactTokens
 from antkv_hf.reference.attention import Visibility, attention
-from antkv_hf.storage import ENCODE_BLOCK, ExactTokens, Snapshot
+from antkv_hf.snapshot import Snapshot
+from antkv_hf.storage import ENCODE_BLOCK
 
 DTYPE = torch.bfloat16
 DECODE = [(1, 4096), (1, 32768), (1, 131072), (1, 524288), (16, 4096), (16, 32768), (16, 131072), (128, 4096)]

@@ -124,10 +124,10 @@ def test_budget_of_a_stream_is_that_of_one_piece():
 CONFIG = AnTKVConfig.preset("ott-4bit", group=32, window=8, chunk=32)
 
 
-def test_outlier_tokens_are_traced_while_decoding(llama):
+def test_outlier_tokens_are_traced_while_decoding():
     """OTT's pool, token by token: of the tokens coded so far the three with the smallest keys stay exact."""
     config = CONFIG.replace(anchor_score="outlier_tokens", anchor_fraction=0.07, anchor_max_tokens=3, anchor_sinks=0)
-    cache, g = AnTKVCache(llama.config, config), torch.Generator().manual_seed(0)
+    cache, g = AnTKVCache(tiny_llama(num_hidden_layers=1).config, config), torch.Generator().manual_seed(0)
     keys, values = (torch.randn(1, 2, 200, 16, generator=g) for _ in range(2))
     keys[..., 5] += 30.0  # the outlier channel: a small key there is an outlier token
     small = {20: 0.5, 50: 0.4, 51: 0.3, 90: 0.6, 120: 0.1, 150: 0.7}  # token -> size of its key

@@ -20,6 +20,7 @@ from .specs import whole_number
 from .static_storage import size_obstacle
 
 _STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # one token a sequence and step, nothing reordered
+_BY_GENERATE = {"stopping_criteria", "logits_processor", "use_cache"}  # what transformers' `generate` always passes on
 
 
 def antkv_generate(
@@ -44,7 +45,8 @@ def antkv_generate(
         codebook: Hub repo, folder or loaded codebook; read once.
         config: replaces the codebook's defaults.
         max_length: tokens, prompt included, that a cache is made for (`AnTKVCache`). By default as many as the call
-            can give where steps are replayed, and a cache that grows elsewhere.
+            can give where steps are replayed, and a cache that grows elsewhere. Beams and assisted decoding always get
+            one that grows; beside scalar codes and ``anchors.max_tokens``, which need one, it is an error.
         cuda_graphs: None: where they can be used, with a warning where only the call stands in the way; True: raise
             where they cannot; False: never.
         compile_mlps: whether `torch.compile` makes the MLPs of the model's layers faster in replayed steps (see
@@ -53,8 +55,8 @@ def antkv_generate(
             differ. Where it cannot be done, a warning says why.
 
     Raises:
-        ValueError: when it is called: `past_key_values` is a cache of another kind, ``use_cache=False``, or the model
-            is an encoder-decoder.
+        ValueError: `max_length` is below 1; and when it is called: `past_key_values` is a cache of another kind,
+            ``use_cache=False``, or the model is an encoder-decoder.
         RuntimeError: ``cuda_graphs=True`` and steps cannot be replayed, or MLPs not compiled; the message says why.
         TypeError, ValueError: `compile_mlps` is neither a bool nor arguments that work within a captured step, or
             asked for with ``cuda_graphs=False``; another argument is of another kind.
@@ -65,20 +67,20 @@ def antkv_generate(
             "model to what it returns: model.generate(..., custom_generate=antkv_generate(repo))"
         )
     check_config(config)
-    if max_length is not None:
-        whole_number("max_length", max_length, 4096)
+    if max_length is not None and whole_number("max_length", max_length, 4096) < 1:
+        raise ValueError(f"max_length={max_length} must be at least 1: tokens of prompt and answer together")
     options = compile_options(compile_mlps)
     if options is not None and cuda_graphs is False:
         raise ValueError("compile_mlps compiles for replayed steps, but cuda_graphs=False: leave one of them out")
     if isinstance(codebook, (str, Path)):
         codebook = AnTKVCodebook.from_pretrained(codebook)
 
-    def generate(model, input_ids: torch.Tensor | None = None, *, generation_config=None, **model_kwargs: Any):
-        if "stopping_criteria" not in model_kwargs or "logits_processor" not in model_kwargs:  # called by itself
-            return model.generate(
-                input_ids, generation_config=generation_config, custom_generate=generate, **model_kwargs
-            )
-        model_kwargs |= _left_out(generation_config, model_kwargs)
+    def generate(model, input_ids: torch.Tensor | None = None, generation_config=None, **model_kwargs: Any):
+        if generation_config is None or not model_kwargs.keys() >= _BY_GENERATE:  # called by itself
+            if input_ids is not None:  # else they may be called `inputs`
+                model_kwargs["inputs"] = input_ids
+            return model.generate(generation_config=generation_config, custom_generate=generate, **model_kwargs)
+        model_kwargs |= _left_out(model, generation_config, model_kwargs)
         mode = generation_config.get_generation_mode(model_kwargs.get("assistant_model"))
         decode = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
         if decode is None:
@@ -152,7 +154,11 @@ def _no_gpu(model) -> str | None:
     return None if model.device.type == "cuda" else f"the model is on {model.device}, not on a GPU"
 
 
-def _left_out(generation_config, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+def _vocabulary(model) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def _left_out(model, generation_config, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the calling `generate` that it gives its own decoding loops, but not to a `custom_generate`."""
     found = {}
     for name in ("streamer", "synced_gpus", "assistant_model", "inputs_tensor"):
@@ -161,6 +167,12 @@ def _left_out(generation_config, model_kwargs: dict[str, Any]) -> dict[str, Any]
             found[name] = value
     if "assistant_model" not in found:
         found.pop("inputs_tensor", None)
+    assistant = found.get("assistant_model")
+    if assistant is not None and _vocabulary(assistant) != _vocabulary(model):
+        raise ValueError(
+            f"the assistant has {_vocabulary(assistant)} tokens and the model {_vocabulary(model)}, and transformers "
+            "keeps their tokenizers from a custom_generate: leave it out, and give past_key_values=AnTKVCache(...)"
+        )
     if "streamer" in found and generation_config.num_beams not in (None, 1):
         raise ValueError(f"a streamer cannot follow num_beams={generation_config.num_beams} beams: leave one out")
     return found

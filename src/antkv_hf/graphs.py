@@ -91,23 +91,28 @@ def cuda_graphs() -> Callable[[], Graph]:
 class _Replayed:
     """A function of fixed buffers: run as it is the first time, captured the second, replayed from then on."""
 
-    def __init__(self, function: Callable[[], Any], graph: Graph):
-        self._function, self._graph, self._calls = function, graph, 0
+    def __init__(self, function: Callable[[], Any], make_graph: Callable[[], Graph]):
+        self._function, self._make_graph, self._graph = function, make_graph, make_graph()
+        self.is_warm = self.is_captured = False
 
     def __call__(self) -> Any:
-        self._calls += 1
-        if self._calls == 1:
-            return self._graph.warm_up(self._function)
-        if self._calls == 2:
-            try:
-                self._graph.capture(self._function)
-            except Exception as error:
-                raise CaptureError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        if not self.is_warm:
+            output = self._graph.warm_up(self._function)
+            self.is_warm = True
+            return output
+        if not self.is_captured:
+            self._capture()
         return self._graph.replay()
 
-    @property
-    def is_captured(self) -> bool:
-        return self._calls >= 2
+    def _capture(self) -> None:
+        try:
+            self._graph.capture(self._function)
+        except BaseException as error:  # Ctrl-C too: it takes seconds, and half a graph cannot be captured again
+            self._graph = self._make_graph()
+            if isinstance(error, Exception):
+                raise CaptureError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+            raise
+        self.is_captured = True
 
 
 def obstacle(model, cache: AnTKVCache, attention_mask: torch.Tensor | None = None) -> str | None:
@@ -252,7 +257,7 @@ class GraphedModel:
             for storage in storages:
                 storage.check_slots(1)
             if self._encode is None:
-                self._encode = _Replayed(partial(_encode_chunks, storages), self._make_graph())
+                self._encode = _Replayed(partial(_encode_chunks, storages), self._make_graph)
             chunk = storages[0].config.chunk
             self._run(self._encode, storages, Counts(chunk, -chunk, storages[0].slots_per_chunk))
         for name, buffer in self._inputs.items():
@@ -262,7 +267,7 @@ class GraphedModel:
             bucket *= GROWTH
         if bucket not in self._steps:
             forward = partial(_forward, self._model, self._cache, self._inputs, self._flags, self._mlps)
-            self._steps[bucket] = _Replayed(forward, self._make_graph())
+            self._steps[bucket] = _Replayed(forward, self._make_graph)
         return self._run(self._steps[bucket], storages, Counts(tail=1), planned=bucket)
 
     def _run(
@@ -273,13 +278,14 @@ class GraphedModel:
         Each storage's own: after a crop into coded tokens layers keep different numbers of anchors.
         """
         before, is_captured = [storage.counts for storage in storages], replayed.is_captured
+        captures = replayed.is_warm and not is_captured  # on the device nothing happens then
         if not is_captured and not self._runs_python:
             for storage in storages:
                 storage.planned = planned
         try:
             output = replayed()
-        except CaptureError:
-            for storage, counts in zip(storages, before):
+        except BaseException:
+            for storage, counts in zip(storages, before) if captures and not replayed.is_captured else ():
                 storage.set_counts(counts)
             raise
         finally:

@@ -10,8 +10,9 @@ A prompt's chunk is held exactly beside the buffers until it is encoded, as in `
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from .attention.reference_backend import REFERENCE
 from .codecs import LayerCodec
 from .config import AnTKVConfig, ScalarSpec
 from .exact_tokens import ExactTokens, sink_dtype
-from .storage import ENCODE_BLOCK, LayerStorage, Snapshot
+from .snapshot import Snapshot, StaticBuffers
+from .storage import ENCODE_BLOCK, LayerStorage
 from .storage_check import code_form
 
 ALIGNMENT = 64  # the capacity is a multiple of as many coded tokens
@@ -43,42 +45,6 @@ class Counts(NamedTuple):
     coded: int = 0
     tail: int = 0
     slots: int = 0
-
-
-@dataclass(frozen=True)
-class StaticBuffers:
-    """The buffers of a `StaticStorage`, used and unused parts.
-
-    Args:
-        key_codes, value_codes: ``(batch, kv_heads, capacity, width)``.
-        sinks, anchors: slots that are not in use have position -1; None if there never are any.
-        exact_bits: as in `Snapshot`, of the whole capacity.
-        tail_keys, tail_values, statistic: ``(batch, kv_heads, rows, dim)`` and ``(batch, kv_heads, rows)``; the
-            statistic is 0 beyond the tail.
-        lengths: int32 ``(3,)``: coded tokens, tail tokens, slots in use of the anchors (without any, of the sinks).
-        holds_tail: False while a prompt's tail is held beside `tail_keys`.
-        padded: whether any sequence has padding.
-        planned: coded tokens that a captured step is to be planned for; None outside of one.
-    """
-
-    key_codes: torch.Tensor
-    value_codes: torch.Tensor
-    sinks: ExactTokens | None
-    anchors: ExactTokens | None
-    exact_bits: torch.Tensor
-    tail_keys: torch.Tensor
-    tail_values: torch.Tensor
-    statistic: torch.Tensor
-    lengths: torch.Tensor
-    holds_tail: bool = True
-    padded: bool = False
-    planned: int | None = None
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Every buffer but `lengths`."""
-        exact = [t for tokens in (self.sinks, self.anchors) if tokens is not None for t in tokens.tensors()]
-        rest = [self.key_codes, self.value_codes, self.exact_bits, self.tail_keys, self.tail_values, self.statistic]
-        return [t for t in (*rest, *exact) if t is not None]
 
 
 class _Used:
@@ -279,17 +245,18 @@ class StaticStorage(LayerStorage):
         new_slots = ready // chunk * self.slots_per_chunk
         self._require_slots(new_slots)
         step = max(chunk, ENCODE_BLOCK // chunk * chunk)
-        for start in range(0, ready, step):
-            stop = min(start + step, ready)
-            self._first_slot = slots + start // chunk * self.slots_per_chunk
-            self._write_codes(coded + start, self._encode(start, stop, coded))
-        rest = [t[:, :, ready:] for t in self._beside]
-        self._beside = None
-        for buffer, part in zip((self.buffers.tail_keys, self.buffers.tail_values), rest):
-            buffer[:, :, : part.shape[2]] = part
-        self.buffers.statistic.zero_()
-        self.buffers.statistic[:, :, : rest[2].shape[2]] = rest[2]
-        self.set_counts(Counts(coded + ready, tail - ready, slots + new_slots))
+        with self._all_or_nothing():
+            for start in range(0, ready, step):
+                stop = min(start + step, ready)
+                self._first_slot = slots + start // chunk * self.slots_per_chunk
+                self._write_codes(coded + start, self._encode(start, stop, coded))
+            rest = [t[:, :, ready:] for t in self._beside]
+            for buffer, part in zip((self.buffers.tail_keys, self.buffers.tail_values), rest):
+                buffer[:, :, : part.shape[2]] = part
+            self.buffers.statistic.zero_()
+            self.buffers.statistic[:, :, : rest[2].shape[2]] = rest[2]
+            self._beside = None
+            self.set_counts(Counts(coded + ready, tail - ready, slots + new_slots))
 
     def encode_chunk(self) -> None:
         """Encodes the tail's first chunk: the same work on the same buffers every time, and no wait for the host."""
@@ -297,12 +264,30 @@ class StaticStorage(LayerStorage):
         self._require_slots(self.slots_per_chunk)
         first = b.lengths[0].long()
         self._first_slot = b.lengths[2]
-        self._write_codes(first, self._encode(0, chunk, first))
-        for buffer in (b.tail_keys, b.tail_values):
-            buffer[:, :, :-chunk] = buffer[:, :, chunk:].clone()  # they may overlap
-        b.statistic.copy_(torch.nn.functional.pad(b.statistic[:, :, chunk:], (0, min(chunk, b.statistic.shape[2]))))
-        b.lengths.add_(self._encoding)
-        self.count(Counts(coded + chunk, tail - chunk, slots + self.slots_per_chunk))
+        with self._all_or_nothing():
+            self._write_codes(first, self._encode(0, chunk, first))
+            moved = [t[:, :, chunk:].clone() for t in (b.tail_keys, b.tail_values)]  # they may overlap
+            statistic = torch.nn.functional.pad(b.statistic[:, :, chunk:], (0, min(chunk, b.statistic.shape[2])))
+            for buffer, part in zip((b.tail_keys, b.tail_values), moved):
+                buffer[:, :, :-chunk] = part
+            b.statistic.copy_(statistic)
+            b.lengths.add_(self._encoding)
+            self.count(Counts(coded + chunk, tail - chunk, slots + self.slots_per_chunk))
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Inside, new exact tokens are taken back if something fails, so that a second try finds their bits unset."""
+        try:
+            yield
+        except BaseException:
+            if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):  # then nothing was done
+                b, (coded, _, slots) = self.buffers, self._counts
+                if b.anchors is not None:
+                    b.anchors.positions[:, :, slots:] = -1
+                if b.sinks is not None:
+                    b.sinks.positions.masked_fill_(b.sinks.positions >= coded, -1)
+                self._mark_all()
+            raise
 
     def _write_codes(self, first: int | torch.Tensor, codes: tuple[torch.Tensor, torch.Tensor]) -> None:
         index = first + torch.arange(codes[0].shape[2], device=self.offset.device)
@@ -340,6 +325,13 @@ class StaticStorage(LayerStorage):
         bit = torch.where(index >= 0, 1 << (index % 8), 0).to(torch.uint8)
         self.buffers.exact_bits.scatter_add_(2, index.clamp_min(0) // 8, bit)
 
+    def _mark_all(self) -> None:
+        """Rebuilds the bits from the positions of sinks and anchors."""
+        self.buffers.exact_bits.zero_()
+        for tokens in (self.buffers.sinks, self.buffers.anchors):
+            if tokens is not None:
+                self._mark(tokens.positions)
+
     def check_slots(self, new_tokens: int) -> None:
         """Raises ValueError, with nothing changed, if they push out of the window chunks whose anchors have no slot."""
         tail, config = self._counts.tail, self.config
@@ -373,10 +365,7 @@ class StaticStorage(LayerStorage):
                 if tokens is not None:
                     tokens.positions.masked_fill_(tokens.positions >= length, -1)
             slots = self._close_gaps()
-            b.exact_bits.zero_()
-            for tokens in (b.sinks, b.anchors):
-                if tokens is not None:
-                    self._mark(tokens.positions)
+            self._mark_all()
             coded = length
         self.set_counts(Counts(coded, tail, slots))
 
@@ -398,16 +387,19 @@ class StaticStorage(LayerStorage):
         Raises:
             ValueError: if it changes the size of the batch.
         """
-        before, after = self.offset.shape[0], change(self.offset).shape[0]
-        if before != after:
-            raise ValueError(
-                f"a cache with max_length keeps its batch of {before}, but {after} sequences are asked for: leave "
-                "max_length out (beams and num_return_sequences on a filled cache need that)"
-            )
+        self.check_batch(change(self.offset).shape[0])
         for tensor in (*self.buffers.tensors(), self.offset, self.query_moment):
             tensor.copy_(change(tensor))
         if self._beside is not None:
             self._hold_beside(*(change(t) for t in self._beside))
+
+    def check_batch(self, sequences: int) -> None:
+        """Raises ValueError if they are not as many as the buffers are for."""
+        if sequences != (batch := self.offset.shape[0]):
+            raise ValueError(
+                f"a cache with max_length keeps its batch of {batch}, but {sequences} sequences are asked for: leave "
+                "max_length out (beams and num_return_sequences on a filled cache need that)"
+            )
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of each kind that are in use, and under ``reserved`` those that are allocated for tokens to come."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import Any
 
 import torch
 
@@ -19,105 +19,9 @@ from .attention.reference_backend import REFERENCE
 from .codecs import ChannelQuantizer, LayerCodec, ScalarScales
 from .config import AnTKVConfig
 from .exact_tokens import ExactTokens, sink_dtype, take
-
-if TYPE_CHECKING:
-    from .static_storage import StaticBuffers
+from .snapshot import Snapshot
 
 ENCODE_BLOCK = 8192  # tokens encoded at a time: bounds the workspace of a long prefill, and fills a GPU
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One layer as attention sees it: coded past, exact tokens, and the exact tail with the current chunk.
-
-    Args:
-        key_codes, value_codes: ``(batch, kv_heads, coded, width)`` or None while nothing is coded.
-        exact_tokens: sinks and anchors among the coded tokens; `exact_bits` is uint8
-            ``(batch, kv_heads, ceil(coded / 8))`` with bit ``t % 8`` of byte ``t // 8`` set for each of them.
-        scales: what scalar codes need beside themselves; None for other codecs.
-        tail_keys, tail_values: ``(batch, kv_heads, tail, dim)`` after RoPE, model dtype.
-        offset: int64 ``(batch,)``: a token's RoPE position is its index minus this (left padding).
-        static: the whole buffers of a `StaticStorage`, of which codes, exact tokens and tail are views; else None.
-    """
-
-    codec: LayerCodec
-    key_codes: torch.Tensor | None
-    value_codes: torch.Tensor | None
-    exact_tokens: tuple[ExactTokens, ...]
-    tail_keys: torch.Tensor
-    tail_values: torch.Tensor
-    offset: torch.Tensor
-    exact_bits: torch.Tensor | None = None
-    scales: ScalarScales | None = None
-    static: StaticBuffers | None = None
-
-    @property
-    def coded_length(self) -> int:
-        return 0 if self.key_codes is None else self.key_codes.shape[2]
-
-    @property
-    def length(self) -> int:
-        return self.coded_length + self.tail_keys.shape[2]
-
-    @property
-    def key_center(self) -> torch.Tensor | None:
-        """What `ExactTokens` needs to read int8 keys."""
-        return self.codec.key_center(self.scales)
-
-    def positions(self, start: int, stop: int) -> torch.Tensor:
-        """RoPE positions ``(batch, stop - start)`` of the tokens at indices ``start..stop-1``."""
-        return torch.arange(start, stop, device=self.offset.device) - self.offset.unsqueeze(1)
-
-    def unpadded(self) -> torch.Tensor:
-        """bool ``(batch, 1, 1, length)``: True from each sequence's first real token on."""
-        return (self.positions(0, self.length) >= 0)[:, None, None]
-
-    def decode_keys(self, start: int, stop: int) -> torch.Tensor:
-        """Keys after RoPE that the codes of tokens ``start..stop-1`` stand for."""
-        assert self.key_codes is not None
-        codes = self.key_codes[:, :, start:stop]
-        return self.codec.decode_keys(codes, self.positions(start, stop), self.scales, start)
-
-    def block_keys(self, start: int, stop: int) -> torch.Tensor:
-        """The same keys seen from the block's first token; `block_query` turns queries to match."""
-        assert self.key_codes is not None
-        keys = self.codec.decode_plain(self.key_codes[:, :, start:stop], self.scales, start)
-        return keys if self.codec.rotary is None else self.codec.rotary.rotate_block(keys)
-
-    def block_query(self, query: torch.Tensor, start: int) -> torch.Tensor:
-        """Queries ``(batch, kv_heads, group, q_len, head_dim)`` after RoPE seen from the block at `start`."""
-        if self.codec.rotary is None:
-            return query
-        return self.codec.rotary.turn_back(query, (start - self.offset).view(-1, 1, 1, 1))
-
-    def exact_mask(self) -> torch.Tensor | None:
-        """bool ``(batch, kv_heads, coded)``: True where an exact token stands in for the code; None if nowhere."""
-        if not self.exact_tokens or self.exact_bits is None:
-            return None
-        bits = (self.exact_bits.unsqueeze(-1) >> torch.arange(8, device=self.exact_bits.device)) & 1
-        return bits.flatten(-2)[..., : self.coded_length].bool()
-
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values as plain tensors ``(batch, kv_heads, length, dim)``: correct everywhere, and large."""
-        if self.key_codes is None:
-            return self.tail_keys, self.tail_values
-        keys, values = self.dense_coded(0, self.coded_length)
-        return torch.cat([keys, self.tail_keys], 2), torch.cat([values, self.tail_values], 2)
-
-    def dense_coded(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (after RoPE) and values of the coded tokens ``start..stop-1``, exact tokens in their places."""
-        assert self.value_codes is not None
-        dtype = self.tail_keys.dtype
-        keys = self.decode_keys(start, stop).to(dtype, copy=True)
-        values = self.codec.decode_values(self.value_codes[:, :, start:stop], self.scales).to(dtype, copy=True)
-        for tokens in self.exact_tokens:
-            inside = (tokens.positions >= start) & (tokens.positions < stop)
-            batch, head, slot = inside.nonzero(as_tuple=True)
-            index = tokens.positions[batch, head, slot].long() - start
-            exact_keys, exact_values = tokens.read(self.codec, self.offset, self.key_center)
-            keys[batch, head, index] = exact_keys[batch, head, slot].to(dtype)
-            values[batch, head, index] = exact_values[batch, head, slot].to(dtype)
-        return keys, values
 
 
 class LayerStorage:
@@ -189,11 +93,23 @@ class LayerStorage:
             self.statistic = torch.nn.functional.pad(self.statistic, (0, keys.shape[2]))
 
     def commit(self) -> None:
-        """Encodes the tokens that have left the window, in whole chunks, and keeps the best-scored of each chunk."""
-        chunk, config = self.config.chunk, self.config
-        ready = (self.tail_keys.shape[2] - config.window) // chunk * chunk
+        """Encodes the tokens that have left the window, in whole chunks, and keeps the best-scored of each chunk.
+
+        All or nothing: what fails midway (no memory, Ctrl-C) can be tried again.
+        """
+        ready = (self.tail_keys.shape[2] - self.config.window) // self.config.chunk * self.config.chunk
         if ready <= 0:
             return
+        before = vars(self).copy()  # buffers are never changed in place
+        try:
+            self._commit(ready)
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    def _commit(self, ready: int) -> None:
+        """Encodes the tail's first `ready` tokens."""
+        chunk = self.config.chunk
         step = max(chunk, ENCODE_BLOCK // chunk * chunk)
         codes = [self._encode(start, min(start + step, ready)) for start in range(0, ready, step)]
         for name, parts in zip(("key_codes", "value_codes"), zip(*codes)):
@@ -220,7 +136,7 @@ class LayerStorage:
         # Padding is never attended to and sinks are exact already: neither may take an anchor's place, or widen the
         # range of a group of keys.
         taken = (positions < self.config.anchors.sinks).unsqueeze(1)
-        self._learn_scales(start, keys, values, positions)
+        self._learn_scales(start)
         coded = self._code(keys, values, origin, offset, taken)
         self._keep_sinks(start, indices, keys, values)
         if self.score is not None:
@@ -239,15 +155,18 @@ class LayerStorage:
         excluded = excluded.expand(keys.shape[:3])
         return self.backend.encode(self.codec, keys, values, first, offset, self.scales, excluded)
 
-    def _learn_scales(self, start: int, keys, values, positions: torch.Tensor) -> None:
-        """Takes each sequence's means and deviations from the first chunk that holds any but padding and sinks."""
+    def _learn_scales(self, start: int) -> None:
+        """Takes each sequence's means and deviations from its first chunk, less sinks and counted without padding."""
         first, sinks, chunk = self.coded_length + start, self.config.anchors.sinks, self.config.chunk
         if self.scales is None or first > self.max_offset + sinks:
             return
-        real = positions >= sinks
-        chunks = real.unflatten(1, (-1, chunk)).any(-1)
-        counted = real & (torch.arange(keys.shape[2], device=keys.device) // chunk == chunks.int().argmax(1, True))
+        count = (sinks // chunk + 1) * chunk
+        # behind the padding that chunk may go on in what still stays exact
+        here = slice(start, self.max_offset + count - self.coded_length)
+        keys, values = self.tail_keys[:, :, here], self.tail_values[:, :, here]
+        positions = torch.arange(first, first + keys.shape[2], device=keys.device) - self.offset.unsqueeze(1)
         plain = self.codec.plain_keys(keys, positions).float()
+        counted = (positions >= sinks) & (positions < count)
         self.scales = self.scales.learn(plain, values, counted, known=first > self.offset + sinks)
 
     def _choose_anchors(

@@ -12,7 +12,8 @@ from antkv_hf.attention.tables import layer_tables
 from antkv_hf.codecs import LayerCodec, VectorQuantizer, VQTables
 from antkv_hf.config import AnchorConfig, AnTKVConfig, VQSpec
 from antkv_hf.rotary import Rotary
-from antkv_hf.storage import LayerStorage, Snapshot
+from antkv_hf.snapshot import Snapshot
+from antkv_hf.storage import LayerStorage
 
 ROPE = ("half", "interleaved", "partial", "scaled", "none")
 

@@ -14,7 +14,8 @@ from antkv_hf.attention.scalar_backend import scalar_past
 from antkv_hf.codecs import ChannelQuantizer, LayerCodec, TokenQuantizer
 from antkv_hf.config import AnchorConfig, AnTKVConfig, ScalarSpec
 from antkv_hf.reference.attention import Visibility, attention
-from antkv_hf.storage import LayerStorage, Snapshot
+from antkv_hf.snapshot import Snapshot
+from antkv_hf.storage import LayerStorage
 
 # Output relative to its largest value; LSE absolute. 16-bit models turn keys, with their bias, in float16.
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (5e-3, 2e-3), torch.bfloat16: (1e-2, 1e-2)}

@@ -88,7 +88,7 @@ def life(static: bool, graph: RecordedGraph | None = None) -> tuple[torch.Tensor
     prompt = queries[:, :, :PROMPT], mask[None, None]
     attend(storage.snapshot(), *prompt, backend=REFERENCE, observer=storage, commit=True)
     storage.backend = backend
-    run, outputs = (step if graph is None else graphs._Replayed(step, graph)), []
+    run, outputs = (step if graph is None else graphs._Replayed(step, lambda: graph)), []
     for i in range(PROMPT, PROMPT + STEPS):
         storage.commit()
         for buffer, x in zip(now, (queries, keys, values)):
@@ -260,7 +260,7 @@ def test_encoding_is_replayed_too():
         storage = StaticStorage(*start, max_length=100) if static else LayerStorage(*start)
         storage.replace("offset", torch.tensor([0, 11]))
         storage.max_offset = 11
-        encode = graphs._Replayed(storage.encode_chunk, RecordedGraph()) if static else None
+        encode = graphs._Replayed(storage.encode_chunk, RecordedGraph) if static else None
         for i in range(60):
             if not static:
                 storage.commit()

@@ -20,6 +20,8 @@ class ErrorAware:
     term = staticmethod(squared_attention_term)
 
     def score(self, tokens: TokenContext) -> torch.Tensor:
-        values = tokens.values.float()
-        spread = (values - values.mean(2, keepdim=True)).square().sum(-1).mean(2, keepdim=True)
+        real = (tokens.positions >= 0).float()[:, None, :, None]  # padding says nothing of a text's values
+        share, values = real / real.sum(2, keepdim=True).clamp_min(1), tokens.values.float()
+        mean = (values * share).sum(2, keepdim=True)
+        spread = ((values - mean).square() * share).sum((2, 3)).unsqueeze(-1)
         return tokens.received() * (tokens.logit_variance * spread * tokens.key_error + tokens.value_error)

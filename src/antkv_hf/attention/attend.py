@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..reference.attention import Visibility
-from ..storage import LayerStorage, Snapshot
+from ..snapshot import Snapshot
+from ..storage import LayerStorage
 from .backends import Backend
 from .beside import beside
 from .reference_backend import REFERENCE

@@ -10,7 +10,7 @@ from antkv.prefill import prefill_attention
 from antkv.scalar_decode import ScalarPast, scalar_decode_attention
 
 from ..codecs import ChannelQuantizer, LayerCodec, TokenQuantizer
-from ..storage import Snapshot
+from ..snapshot import Snapshot
 from .backends import CALLS, Encoded
 from .reference_backend import REFERENCE
 from .tables import HEAD_DIMS, UnsupportedTables, channel_pairs

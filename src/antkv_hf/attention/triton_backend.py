@@ -14,7 +14,7 @@ from antkv.static_step import add_column_statistic, add_query_moment, add_tail_s
 from ..codecs import LayerCodec
 from ..reference import scores
 from ..reference.attention import grouped
-from ..storage import Snapshot
+from ..snapshot import Snapshot
 from .backends import CALLS, Encoded
 from .reference_backend import REFERENCE
 from .tables import UnsupportedTables, layer_tables

@@ -20,15 +20,8 @@ from ..tensor_parallel import check_heads, tp_size
 from . import budget, interface, persistence
 from .build import cache_layers, check_arguments, check_model
 from .footprint import MemoryFootprint, measure
-from .layer import AnTKVLayer, checked_rows, drop_states
-from .prompt_guard import (
-    PromptGuard,
-    check_generate,
-    check_room,
-    forward_input_ids,
-    generate_config,
-    generate_input_ids,
-)
+from .layer import AnTKVLayer, check_crop, checked_rows, drop_states
+from .prompt_guard import GenerateCall, PromptGuard, check_generate, check_room, forward_input_ids, marking_call
 
 
 class AnTKVCache(Cache):
@@ -295,6 +288,8 @@ class AnTKVCache(Cache):
             self._first.check_beside(key_states, value_states, _held(self.layers[layer_idx]))
         if layer_idx != first or (torch.compiler.is_compiling() and self.is_compileable):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if (stopped := self._interrupted()) is not None:
+            raise ValueError(f"this AnTKVCache cannot go on: {stopped}. Call cache.reset() and read the text again")
         start = self._first.get_seq_length()
         if self.max_length is not None:
             self._check_slots(key_states.shape[2])
@@ -302,6 +297,18 @@ class AnTKVCache(Cache):
         if getattr(self._first.storage, "planned", None) is None:  # a captured step's ids are a graph's buffer
             self.note_tokens(forward_input_ids(key_states.shape[0], key_states.shape[2]), start)
         return out
+
+    def _interrupted(self) -> str | None:
+        """Says so if layers hold different numbers of tokens: a forward stopped midway (Ctrl-C, no memory)."""
+        held = [layer.get_seq_length() for layer in self.quantized_layers]
+        if getattr(self._text_config, "num_kv_shared_layers", 0):  # layers that read another's keys stay empty
+            held = [tokens for tokens in held if tokens] or [0]
+        if min(held) == max(held):
+            return None
+        return (
+            f"its layers hold {min(held)} to {max(held)} tokens, since a forward stopped between them, or the model "
+            f"has fewer than its {len(self.layers)} layers"
+        )
 
     def _check_slots(self, new_tokens: int) -> None:
         """Raises ValueError, before the first layer changes, if one has no slot: crops leave them different numbers."""
@@ -348,6 +355,8 @@ class AnTKVCache(Cache):
             raise ValueError(
                 f"crop({tokens_to_remove}) must not be positive: give minus the number of tokens to remove from the end"
             )
+        for index, layer in enumerate(self.layers):
+            check_crop(index, layer)
         super().crop(tokens_to_remove)
         self._guard.crop(self._first.get_seq_length())
 
@@ -360,13 +369,20 @@ class AnTKVCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if whole_number("repeats", repeats, 2) < 1:
             raise ValueError(f"repeats={repeats} must be at least 1; to forget everything call cache.reset()")
+        self._check_new_batch(self._first.batch_size * repeats)
         super().batch_repeat_interleave(repeats)
         self._guard.map_batch(lambda ids: ids.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         picked = checked_rows("batch_select_indices", indices, self._first.batch_size)
+        self._check_new_batch(int(picked.sum()) if picked.dtype == torch.bool else picked.numel())
         super().batch_select_indices(indices)
         self._guard.map_batch(lambda ids: ids[picked, ...])
+
+    def _check_new_batch(self, sequences: int) -> None:
+        """Raises ValueError, before a layer that is not quantized changes, if the cache must keep its batch."""
+        if isinstance(self._first.storage, StaticStorage):
+            self._first.storage.check_batch(sequences)
 
     def activate_past_recording(self) -> None:
         for layer in self.layers:
@@ -380,18 +396,20 @@ class AnTKVCache(Cache):
     @_is_user_defined.setter
     def _is_user_defined(self, value: bool) -> None:
         """`generate` sets this at its start: the moment to notice a prompt that the cache does not hold."""
-        config = ids = None
+        call, why, held = GenerateCall(), None, self.get_seq_length()
         if value:
-            config, ids = generate_config(), generate_input_ids()
-            check_generate(getattr(config, "use_cache", None), self.get_seq_length(), self._encoder_decoder)
-        why = None if ids is None else self._guard.mismatch(ids, self.get_seq_length())
+            call = marking_call()
+            check_generate(getattr(call.config, "use_cache", None), held, self._encoder_decoder)
+            why = self._interrupted() or self._guard.mismatch(call, held)
         if why is not None and self.on_new_prompt == "error":
             raise ValueError(
                 f"this AnTKVCache cannot continue the prompt: {why}. Call cache.reset() first, make a new cache, or "
                 'build it with on_new_prompt="reset".'
             )
-        if ids is not None and (longest := getattr(config, "max_length", None)) is not None:
-            self._told_of_room |= check_room(self.max_length, ids.shape[1], longest, self._told_of_room)
+        if call.ids is not None and (longest := getattr(call.config, "max_length", None)) is not None:
+            tokens = call.ids.shape[1]
+            before = held if held and call.mask_length == held + tokens else 0  # which the prompt leaves out
+            self._told_of_room |= check_room(self.max_length, before + tokens, before + longest, self._told_of_room)
         if why is not None:
             self.reset()
         self.__dict__["_user_defined"] = value

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .layer import AnTKVLayer
 
@@ -89,7 +90,7 @@ def measure(layers: Iterable[Any], first: AnTKVLayer) -> MemoryFootprint:
     coded_elements = elements = dense = tables = 0
     for layer in layers:
         if not isinstance(layer, AnTKVLayer):
-            held = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+            held = [t for t in tree_leaves(vars(layer)) if isinstance(t, torch.Tensor)]  # linear attention has dicts
             size = sum(t.numel() * t.element_size() for t in held)
             sizes["other_layers"] += size
             dense += size

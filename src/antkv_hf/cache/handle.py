@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 from ..attention.attend import attend
 from ..attention.backends import Backend
-from ..storage import LayerStorage, Snapshot
+from ..snapshot import Snapshot
+from ..storage import LayerStorage
 from .compiled_step import ELSEWHERE
 
 SDPA = torch.nn.functional.scaled_dot_product_attention

@@ -7,17 +7,18 @@ work in this one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..attention.attend import attend
 from ..codecs import IdentityCodec, LayerCodec
-from ..storage import Snapshot
+from ..snapshot import Snapshot
 from .compiled_step import NewToken, attend_new_token
 from .handle import KVHandle
 
@@ -95,6 +96,21 @@ def antkv_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,  # type: ignore[arg-type]
         allow_is_causal_skip, **kwargs,
     )  # fmt: skip
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Inside, `model` attends by the implementation `name`; each of its parts gets its own back."""
+    config = model.config
+    before = {"": config._attn_implementation}
+    for part in getattr(config, "sub_configs", None) or {}:
+        if (sub := getattr(config, part, None)) is not None:
+            before[part] = sub._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 AttentionInterface.register(NAME, antkv_attention_forward)

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from ..anchors import AnchorScore
 from ..attention.backends import make_backend
@@ -65,6 +65,26 @@ def drop_states(layer: Any) -> None:
         vars(layer).update(indexer_keys=None, is_indexer_initialized=False)
 
 
+def check_crop(index: int, layer: Any) -> None:
+    """Raises ValueError, before any layer has changed, for one that transformers keeps and cannot take back tokens of.
+
+    Args:
+        index: its number, for the message.
+    """
+    if isinstance(layer, AnTKVLayer) or getattr(layer, "record_past", False):
+        return
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        what = "linear attention"
+    elif getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.sliding_window:
+        what = f"{layer.get_seq_length()} tokens in a sliding window of {layer.sliding_window}"
+    else:
+        return
+    raise ValueError(
+        f"layer {index} ({what}) has let go of what cropping needs: call cache.activate_past_recording() before the "
+        "tokens that may be cropped are read, or cache.reset()"
+    )
+
+
 def checked_rows(method: str, rows: torch.Tensor, batch: int) -> torch.Tensor:
     """`rows` (numbers, or a mask) of a `batch` (-1: of an empty cache) on the CPU, for the `method` that they change.
 
@@ -111,8 +131,8 @@ class AnTKVLayer(CacheLayerMixin):
 
     Tokens that leave the window are encoded right after the attention call that follows `update` (its queries score
     them), so a long prefill holds the exact keys of one layer at a time; where attention did not come through a handle
-    (eager), at the next `update`. After `activate_past_recording` (assisted and prompt-lookup decoding) they are
-    encoded in `crop` instead, which generate then calls at every step.
+    (eager), and single tokens with `max_length`, at the next `update`. After `activate_past_recording` (assisted and
+    prompt-lookup decoding) they are encoded in `crop` instead, which generate then calls at every step.
     """
 
     is_croppable = True

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,10 +34,37 @@ def locals_above(function: str, variable: str, limit: int) -> Iterator[Any]:
         frame = frame.f_back
 
 
-def generate_input_ids() -> torch.Tensor | None:
-    """The prompt ids ``(batch, n)`` of the `generate` call that is marking its cache, or None if there is none."""
-    ids = next(locals_above("generate", "input_ids", _FRAMES_TO_GENERATE), None)
-    return ids if isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() else None
+class GenerateCall(NamedTuple):
+    """What can be seen of a `generate` call that is marking its cache; None, or False, where frames look different.
+
+    Args:
+        config: the generation config that it goes by.
+        ids: of the prompt ``(batch, n)``.
+        mask_length: tokens that its attention mask covers.
+        assisted: whether an assistant, or the prompt itself, proposes tokens.
+    """
+
+    config: Any | None = None
+    ids: torch.Tensor | None = None
+    mask_length: int | None = None
+    assisted: bool = False
+
+
+def marking_call() -> GenerateCall:
+    """The `generate` call whose frame is above the caller's."""
+    limit = _FRAMES_TO_GENERATE
+    config = next(locals_above("_prepare_cache_for_generation", "generation_config", limit), None)
+    ids = next(locals_above("generate", "input_ids", limit), None)
+    kwargs = next(locals_above("generate", "model_kwargs", limit), None)
+    mode = next(locals_above("generate", "generation_mode", limit), None)
+    mask = kwargs.get("attention_mask") if isinstance(kwargs, dict) else None
+    return GenerateCall(
+        config,
+        ids if isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() else None,
+        # a mask of ones is left out by newer transformers, which notes how long it was
+        mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else getattr(config, "_mask_length", None),
+        getattr(mode, "value", None) == "assisted_generation",
+    )
 
 
 def check_generate(use_cache: bool | None, tokens: int | None, encoder_decoder: bool) -> None:
@@ -64,11 +91,6 @@ def check_generate(use_cache: bool | None, tokens: int | None, encoder_decoder: 
             f"use_cache=False beside a cache that holds {tokens} tokens: every step would read the whole text into it "
             "again. Pass use_cache=True (the model's generation_config may say False), or generate without a cache"
         )
-
-
-def generate_config() -> Any | None:
-    """The generation config of the `generate` call that is marking its cache; None if it cannot be seen."""
-    return next(locals_above("_prepare_cache_for_generation", "generation_config", _FRAMES_TO_GENERATE), None)
 
 
 def check_room(room: int | None, prompt: int, longest: int, told: bool = False) -> bool:
@@ -164,10 +186,12 @@ class PromptGuard:
         if (ids := self.ids) is not None:
             self._blocks = [change(ids)]
 
-    def mismatch(self, ids: torch.Tensor, length: int) -> str | None:
-        """Why a cache of `length` tokens cannot continue the prompt `ids`, or None if it can (or it is not known)."""
-        known = self.ids
-        if length == 0:
+    def mismatch(self, call: GenerateCall, length: int) -> str | None:
+        """Why a cache of `length` tokens cannot continue the prompt of `call`; None if it can, or it is not known."""
+        known, ids = self.ids, call.ids
+        if length == 0 or ids is None:
+            return None
+        if call.mask_length == length + ids.shape[1]:  # the new tokens alone, and a mask over all: they follow
             return None
         if known is not None and ids.shape[0] != known.shape[0]:
             if known.shape[0] % ids.shape[0]:
@@ -175,12 +199,15 @@ class PromptGuard:
             ids = ids.repeat_interleave(known.shape[0] // ids.shape[0], 0)  # as generate does for beams
         if ids.shape[1] <= length:  # transformers would read the whole prompt again, behind itself
             return f"it holds {length} tokens and the prompt has only {ids.shape[1]}, so none is new"
-        if known is None:  # read as embeddings, for one
-            return None
-        n = min(known.shape[1], length)
-        differs = (ids[:, :n].cpu() != known[:, :n]).any(0)
-        if differs.any():
-            return f"it holds {length} tokens of another prompt (they differ at token {int(differs.int().argmax())})"
+        if known is not None:  # else it was read as embeddings, for one
+            n = min(known.shape[1], length)
+            differs = (ids[:, :n].cpu() != known[:, :n]).any(0)
+            if differs.any():
+                return (
+                    f"it holds {length} tokens of another prompt (they differ at token {int(differs.int().argmax())})"
+                )
+        if call.assisted:  # transformers hands its first step all of the prompt
+            return f"it holds {length} tokens, and assisted decoding would read the whole prompt again behind them"
         return None
 
     def remember(self, ids: torch.Tensor) -> None:

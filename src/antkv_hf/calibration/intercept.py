@@ -13,10 +13,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..attention.exact import exact_attention
+from ..cache.interface import attention_implementation
 from ..codecs import IdentityCodec, LayerCodec
 from ..reference.attention import Visibility, attention, grouped, logits_of
 from ..reference.scores import anchor_score_term, column_statistic
-from ..storage import Snapshot
+from ..snapshot import Snapshot
 
 NAME = "antkv_calibration"
 
@@ -126,20 +127,14 @@ def _with_grad(x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def frozen_for_statistics(model: PreTrainedModel, implementation: str = NAME) -> Iterator[None]:
     """Inside: evaluation mode, no parameter requires grad, attention is ours. All put back after, also on error."""
-    config = model.config
-    attention = {"": config._attn_implementation}
-    for name in getattr(config, "sub_configs", None) or {}:
-        if (sub := getattr(config, name, None)) is not None:
-            attention[name] = sub._attn_implementation
     training = [(module, module.training) for module in model.modules()]
     needs_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
         model.requires_grad_(False)
-        model.set_attn_implementation(implementation)
-        yield
+        with attention_implementation(model, implementation):
+            yield
     finally:
-        model.set_attn_implementation(attention)
         for parameter, flag in needs_grad:
             parameter.requires_grad_(flag)
         for module, flag in training:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -221,15 +221,9 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor, rows: int = 512) -> tor
     return torch.cat(parts, 1)
 
 
-@contextlib.contextmanager
-def fast_lane(model: PreTrainedModel) -> Iterator[None]:
+def fast_lane(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
     """The attention implementation "antkv" for a while: it serves every family that AnTKVCache accepts."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(interface.NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return interface.attention_implementation(model, interface.NAME)
 
 
 def _windows(tokenizer, texts: Sequence[str] | torch.Tensor, window: int, windows: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ from ..anchors import AnchorScore, get_score
 from ..attention.backends import Encoded
 from ..attention.reference_backend import REFERENCE
 from ..cache.cache import AnTKVCache
-from ..cache.interface import antkv_attention_forward
+from ..cache.interface import antkv_attention_forward, attention_implementation
 from ..cache.layer import AnTKVLayer, LayerPlan
 from ..codebook import AnTKVCodebook
 from ..codecs import ChannelQuantizer, LayerCodec, ScalarScales
@@ -39,7 +39,8 @@ from ..config import AnTKVConfig
 from ..exact_tokens import ExactTokens, sink_dtype
 from ..reference.attention import Visibility, grouped
 from ..reference.scores import column_statistic
-from ..storage import ENCODE_BLOCK, Snapshot
+from ..snapshot import Snapshot
+from ..storage import ENCODE_BLOCK
 from .chunk_anchors import best_of_chunks, last_queries
 from .windowed import exact_with_lse, windowed_attention
 
@@ -159,13 +160,11 @@ class ProtocolEvaluator:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """While entered, the model's forwards (with ``use_cache=False``) follow the protocol."""
-        before = self.model.config._attn_implementation
         token = _ACTIVE.set(self)
-        self.model.set_attn_implementation(NAME)
         try:
-            yield
+            with attention_implementation(self.model, NAME):
+                yield
         finally:
-            self.model.set_attn_implementation(before)
             _ACTIVE.reset(token)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from ..codecs import IdentityCodec, LayerCodec
 from ..reference.attention import Visibility, grouped, logits_of
 from ..reference.attention import attention as reference_attention
 from ..reference.code_bias import with_bias_channel
-from ..storage import Snapshot
+from ..snapshot import Snapshot
 
 ROWS = 512  # queries whose logits are held at a time
 

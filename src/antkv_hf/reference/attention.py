@@ -113,7 +113,7 @@ def attention(past, query, visibility: Visibility, scale: float, softcap=None, s
     """Attention of `query` over everything in `past`.
 
     Args:
-        past: a `storage.Snapshot`: codes, exact tokens and tail of one layer.
+        past: a `snapshot.Snapshot`: codes, exact tokens and tail of one layer.
         query: ``(batch, q_heads, q_len, head_dim)`` after RoPE.
         visibility: see `Visibility`; its ``kv_len`` is ``past.length``.
         scale: factor on q.k. softcap: Gemma 2's logit cap. sink_logit: GPT-OSS's ``(q_heads,)`` sink logits.
