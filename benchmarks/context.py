@@ -11,6 +11,7 @@ second and peak memory.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -60,6 +61,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and two contexts: shows that it runs")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("context.py: the longest context is a GPU's: this needs a CUDA GPU (or --device cpu --tiny)")
     limit_memory(arguments.device, arguments.memory_gb)
     torch.manual_seed(0)
     settings = TINY if arguments.tiny else LLAMA_3_8B

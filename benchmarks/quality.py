@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         if not protocols or not fits(method, bench):
             continue
         try:
-            statistics = bench.statistics().key if method.learns else ""
+            statistics = bench.statistics().key if method.learns else method.tables
             for seed in arguments.seed if method.random else [0]:
                 subject = cache(partial(method.build, Setting(bench.model, bench.statistics, seed)))
                 for text, protocol in product(bench.texts, protocols):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, __version__
+from antkv_hf import AnTKVCache, AnTKVCodebook, AnTKVConfig, VQSpec, __version__, cli
 from antkv_hf.cli import app
 from antkv_hf.cli_common import _check_output
 from antkv_hf.demo_model import naming
@@ -126,6 +127,37 @@ def test_evaluate_and_save(place):
         (row["protocol"], row["perplexity"]) for row in rows
     ]
     assert "text.txt" in (place / "book" / "README.md").read_text(encoding="utf-8")
+
+
+def test_texts_of_one_name_are_told_apart(place):
+    for folder, text in (("a", TEXT), ("b", TEXT[::-1])):
+        (place / folder).mkdir()
+        (place / folder / "same.txt").write_text(text * 40, encoding="utf-8")
+    texts = [x for folder in ("a", "b") for x in ("--text", place / folder / "same.txt")]
+    rows = json.loads(antkv("evaluate", place / "model", *texts, "--windows", 1, "--window", 200, "--json").stdout)
+    assert [row["text"] for row in rows] == [str(place / folder / "same.txt") for folder in ("a", "b")]
+    assert rows[0]["perplexity"] != rows[1]["perplexity"]
+
+
+@pytest.mark.parametrize("window", (200, 40))
+def test_bits_of_w0_are_those_of_coded_tokens(place, window):
+    """No token is exact for being recent, also where a cache would hold the whole text in its window."""
+    common = ("--text", place / "text.txt", "--windows", 1, "--window", window, "--protocol", "W0", "--protocol", "S32")
+    w0, s32 = json.loads(antkv("evaluate", place / "model", place / "book", *common, "--json").stdout)
+    assert w0["bits_with_window"] == w0["bits"] > 0
+    assert s32["bits_with_window"] > s32["bits"] if window == 200 else s32["bits"] == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signal")
+def test_termination_ends_as_ctrl_c_does(monkeypatch):
+    """An exit, in which folders of statistics are cleared away."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "app", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def test_presets_without_a_codebook(place):

@@ -242,11 +242,12 @@ def test_batches_do_not_matter(llama, ids, book):
 
 def test_bits_are_those_of_a_real_cache(llama, book):
     ids = torch.randint(3, 128, (1, 400), generator=torch.Generator().manual_seed(0))
-    row = evaluate(llama, None, ids, book, protocols=("W0",))[0]
+    w0, row = evaluate(llama, None, ids, book, protocols=("W0", f"S{book.config.window}"))
     cache = AnTKVCache(llama.config, codebook=book)
     cache_losses(llama, ids, cache)
     footprint = cache.memory_footprint()
     assert (row.bits, row.bits_with_window) == (footprint.bits_per_element, footprint.bits_per_element_with_window)
+    assert w0.bits == w0.bits_with_window == row.bits, "no token of W0 is exact for being recent"
     assert row.ratio is None and row.method == "d8b8/d8b8"
 
 

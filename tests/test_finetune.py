@@ -340,6 +340,7 @@ def test_command_line(tmp_path):
     for arguments, message in (
         ([*given, "--window", "16"], "windows of 16 tokens lie within the exact window of 16"),
         ([*given, *tuning, "--window", "64"], "leave out --window"),
+        ([*given, "--tokens", "99", "--work-dir", "kept"], "leave out --tokens, --work-dir"),
         ([*given, *tuning, "--bits", "2"], "leave out --bits"),
         ([*given, *tuning, "--license", "mit", "--samples", "7"], "leave out --samples, --license"),
         ([*given, *tuning, "--sensitivity", "S128", "--candidate", "1"], "leave out --candidate, --sensitivity"),

@@ -148,6 +148,10 @@ def test_calibration_spreads_bits(tmp_path, monkeypatch):
     assert sum(book.config.bits([0, 1])) < sum(more.config.bits([0, 1])) <= 3.0
     same = calibrated(work_dir=tmp_path)
     assert same.config == book.config and same.sha256 == book.sha256
+    monkeypatch.undo()
+    damaged = next(tmp_path.glob("sensitivity-*/0000.json"))
+    damaged.write_text("", encoding="utf-8")  # a full disk: measured anew
+    assert calibrated(work_dir=tmp_path).config == book.config and json.loads(damaged.read_text(encoding="utf-8"))
     uniform = calibrate(
         small_llama(), word_tokenizer(), [small_text()], AnTKVConfig(VQSpec(4, 4), VQSpec(4, 4)), tokens=512,
         window=64, samples=400, iterations=3, progress=False, work_dir=tmp_path,

@@ -42,6 +42,7 @@ class Method:
         specs: vector codecs, whose sub-vectors must fit the model's heads.
         random: False for a method that no seed changes.
         learns: whether its tables are learned from the statistics.
+        tables: of a codebook that was given, the beginning of its hash: another of the same name is another row.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     specs: tuple[VQSpec, ...] = ()
     random: bool = False
     learns: bool = False
+    tables: str = ""
 
 
 def _rival(name: str, family: str, make: Callable, random: bool = False, learns: bool = False) -> Method:
@@ -130,5 +132,6 @@ def given_codebook(text: str) -> Method:
     book = AnTKVCodebook.from_pretrained(path)
     build = lambda setting: Subject(book.config, book)
     return Method(
-        name if equals else Path(path).name, "ours, codebooks given", build, IN_A_CACHE, book.config.vq_specs()
-    )
+        name if equals else Path(path).name, "ours, codebooks given", build, IN_A_CACHE, book.config.vq_specs(),
+        tables=book.sha256[:16],
+    )  # fmt: skip

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -192,10 +195,11 @@ def evaluate(
     from .texts import load_texts
 
     book, config = (None, None) if codebook is None else _codec(codebook, settings)
-    sources = {Path(source).name or source: load_texts(source) for source in text}
+    names = Counter(Path(source).name for source in text)  # two files of one name are told apart by their paths
+    sources = {source if names[Path(source).name] > 1 else Path(source).name or source: source for source in text}
     loaded, tokenizer = _load_model(model, device, dtype)
     rows = []
-    for name, texts in sources.items():
+    for name, texts in [(name, load_texts(source)) for name, source in sources.items()]:
         rows += measure(
             loaded, tokenizer, texts, book, config, protocols=protocol, window=window, windows=windows, last=last,
             baselines=baseline or (), text_name=name, batch_size=batch, progress=_Bar(),
@@ -253,6 +257,7 @@ def main() -> None:
     """Entry point of the ``antkv`` command."""
     # Before torch is loaded: on a busy machine, threads that spin while they wait cost far more than they gain.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: gigabytes of statistics are cleared away
     app()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ def calibrate(
     sensitivity_windows: Annotated[
         int | None, typer.Option(help="Windows of text on which --mixed measures. Default: 4.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of text to learn from.")] = 262144,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of text to learn from. Default: 262144.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens that the model sees at a time. Default: 2048.")] = None,
     samples: Annotated[
         int | None,
@@ -141,6 +142,7 @@ def calibrate(
             bits=bits, mixed=mixed, key_bits=key_bits, value_bits=value_bits, layer_bits=layer_bits,
             set=settings, candidate=candidate, sensitivity=sensitivity, sensitivity_windows=sensitivity_windows,
             window=window if finetune else None, samples=samples, base_model=base_model, license=license,
+            tokens=None if finetune else tokens, work_dir=None if finetune else work_dir,
         )  # fmt: skip
         given = AnTKVCodebook.from_pretrained(start)
         if limit is not None:
@@ -150,6 +152,7 @@ def calibrate(
             "--max-table-mb is a limit of --mixed (not of --bits), or makes an existing codebook smaller: name it with "
             "--from"
         )
+    tokens = 262144 if tokens is None else tokens
     wanted = bits or ([] if mixed else ["1"])
     configs = [_changed(AnTKVConfig.preset(b, key=key_bits, value=value_bits), settings, layer_bits) for b in wanted]
     runs: list[tuple[str, AnTKVConfig, Mixed | None]] = [
@@ -165,14 +168,15 @@ def calibrate(
         Numbers(tokens=tokens, **tuning).check_text(given.config if given else config, "--finetune-window")
     _check_output(output, [name for name, *_ in runs] if len(runs) > 1 else [])
     mix, window = TextMix.from_sources(texts), 2048 if window is None else window
-    with tempfile.TemporaryDirectory(prefix="antkv-calibration-") as scratch, Processes(on_cpu(device)) as processes:
+    scratch = tempfile.TemporaryDirectory(prefix="antkv-calibration-") if work_dir is None else nullcontext(work_dir)
+    with scratch as place, Processes(on_cpu(device)) as processes:
         loaded, tokenizer = _load_model(model, device_of(device, processes.local_rank), dtype)
         for name, config, spread in runs:
             folder = output if len(runs) == 1 else output / name
             codebook = given or learn(
                 loaded, tokenizer, mix, config, tokens=tokens, window=window, seed=seed,
                 samples=131072 if samples is None else samples,
-                work_dir=work_dir or scratch, base_model=base_model or (REPO if model == WORD else None),
+                work_dir=place, base_model=base_model or (REPO if model == WORD else None),
                 license=license, mixed=spread,
             )  # fmt: skip
             if processes.rank:

@@ -279,7 +279,10 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def _read_costs(file: Path) -> dict[str, dict[str, float]]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not measured, or damaged: it is measured anew
+        return {}
 
 
 @torch.no_grad()

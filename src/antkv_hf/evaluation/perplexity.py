@@ -141,7 +141,10 @@ def evaluate(
             assert config is not None
             here = config.replace(window=protocol.window) if protocol.window else config
             make = partial(AnTKVCache, model.config, here, codebook)
+            narrow = partial(AnTKVCache, model.config, here.replace(window=1), codebook)
             bits = real_bits(model, ids[:1], make)
+            if protocol.window == 0:  # no token is exact for being recent, but all of a short text's in a cache
+                bits = (bits if length >= here.window + here.chunk else real_bits(model, ids[:1], narrow))[:1] * 2
             method = here.name_codec(layer.plan.layer_idx for layer in make().quantized_layers)
             if protocol.one_shot:
                 with ProtocolEvaluator(model, protocol, here, codebook).active():
