@@ -299,7 +299,7 @@ def test_configs_without_a_fixed_size_get_a_cache_that_grows(llama, codebook, st
 def test_a_capture_that_fails_leaves_no_trace(llama, codebook, stand_in, monkeypatch):
     def fail(self, function):
         storage = cache.layers[0].storage
-        storage.count(storage.counts._replace(tail=storage.counts.tail + 1))  # as Python in a capture would
+        storage.note_counts(storage.counts._replace(tail=storage.counts.tail + 1))  # as Python in a capture would
         raise torch.OutOfMemoryError("no room\nfor it")
 
     works = EagerGraph.capture

@@ -159,7 +159,7 @@ def test_ctrl_c_while_a_step_is_captured(llama, codebook, monkeypatch):
 
     def interrupt(self, function):
         kept = cache.layers[0].storage
-        kept.count(kept.counts._replace(tail=kept.counts.tail + 1))  # as Python in a capture does
+        kept.note_counts(kept.counts._replace(tail=kept.counts.tail + 1))  # as Python in a capture does
         raise KeyboardInterrupt
 
     def generate(cache):

@@ -293,7 +293,7 @@ class GraphedModel:
                 for storage in storages:
                     storage.planned = None
         for storage, counts in zip(storages, before):
-            storage.count(Counts(*map(sum, zip(counts, change))))
+            storage.note_counts(Counts(*map(sum, zip(counts, change))))
         return output
 
 

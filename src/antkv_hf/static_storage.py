@@ -128,7 +128,6 @@ class StaticStorage(LayerStorage):
         self._encoding = torch.tensor([chunk, -chunk, self.slots_per_chunk], dtype=torch.int32, **place)
         self._counts = Counts()
         self._beside: tuple[torch.Tensor, ...] | None = None  # keys, values and statistic of a prompt's tail
-        self._first_slot: int | torch.Tensor = 0  # where `_encode` puts anchors
         self._cached: dict[str, Any] | None = None
         self._planned: int | None = None
         self.set_counts(self._counts)
@@ -163,13 +162,13 @@ class StaticStorage(LayerStorage):
     def planned(self, tokens: int | None) -> None:
         self._planned, self._cached = tokens, None
 
-    def count(self, counts: Counts) -> None:
-        """Takes note of what a replayed graph has done on the device."""
+    def note_counts(self, counts: Counts) -> None:
+        """Sets the lengths on the host, to what the device has by now."""
         self._counts, self._cached = counts, None
 
     def set_counts(self, counts: Counts) -> None:
         """Sets the lengths on host and device."""
-        self.count(counts)
+        self.note_counts(counts)
         sinks = self.buffers.sinks
         slots = sinks.positions.shape[2] if self.buffers.anchors is None and sinks is not None else counts.slots
         self.buffers.lengths.copy_(torch.tensor([counts.coded, counts.tail, slots], dtype=torch.int32))
@@ -216,7 +215,7 @@ class StaticStorage(LayerStorage):
         b, (coded, tail, slots) = self.buffers, self._counts
         if keys.shape[2] == 1 and self._beside is None and tail < b.tail_keys.shape[2]:
             self.backend.append_token(keys, values, b.tail_keys, b.tail_values, b.lengths)
-            self.count(Counts(coded, tail + 1, slots))
+            self.note_counts(Counts(coded, tail + 1, slots))
             return
         statistic = self.statistic
         if b.statistic.shape[2]:
@@ -225,7 +224,7 @@ class StaticStorage(LayerStorage):
 
     def _hold_beside(self, *parts: torch.Tensor) -> None:
         self._beside = parts
-        self.count(self._counts._replace(tail=parts[0].shape[2]))
+        self.note_counts(self._counts._replace(tail=parts[0].shape[2]))
 
     def replace(self, name: str, tensor: torch.Tensor) -> None:
         if name == "statistic" and self._beside is not None:
@@ -248,8 +247,8 @@ class StaticStorage(LayerStorage):
         with self._all_or_nothing():
             for start in range(0, ready, step):
                 stop = min(start + step, ready)
-                self._first_slot = slots + start // chunk * self.slots_per_chunk
-                self._write_codes(coded + start, self._encode(start, stop, coded))
+                slot = slots + start // chunk * self.slots_per_chunk
+                self._write_codes(coded + start, self._encode(start, stop, coded, slot))
             rest = [t[:, :, ready:] for t in self._beside]
             for buffer, part in zip((self.buffers.tail_keys, self.buffers.tail_values), rest):
                 buffer[:, :, : part.shape[2]] = part
@@ -263,16 +262,15 @@ class StaticStorage(LayerStorage):
         (coded, tail, slots), chunk, b = self._counts, self.config.chunk, self.buffers
         self._require_slots(self.slots_per_chunk)
         first = b.lengths[0].long()
-        self._first_slot = b.lengths[2]
         with self._all_or_nothing():
-            self._write_codes(first, self._encode(0, chunk, first))
+            self._write_codes(first, self._encode(0, chunk, first, b.lengths[2]))
             moved = [t[:, :, chunk:].clone() for t in (b.tail_keys, b.tail_values)]  # they may overlap
             statistic = torch.nn.functional.pad(b.statistic[:, :, chunk:], (0, min(chunk, b.statistic.shape[2])))
             for buffer, part in zip((b.tail_keys, b.tail_values), moved):
                 buffer[:, :, :-chunk] = part
             b.statistic.copy_(statistic)
             b.lengths.add_(self._encoding)
-            self.count(Counts(coded + chunk, tail - chunk, slots + self.slots_per_chunk))
+            self.note_counts(Counts(coded + chunk, tail - chunk, slots + self.slots_per_chunk))
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -294,13 +292,13 @@ class StaticStorage(LayerStorage):
         for buffer, new in zip((self.buffers.key_codes, self.buffers.value_codes), codes):
             buffer.index_copy_(2, index, new)
 
-    def _keep_anchors(self, new: ExactTokens, scores: torch.Tensor) -> None:
+    def _keep_anchors(self, new: ExactTokens, scores: torch.Tensor, slot: int | torch.Tensor) -> None:
         buffers = self.buffers.anchors
         assert buffers is not None
-        slot = self._first_slot + torch.arange(new.positions.shape[2], device=self.offset.device)
+        places = slot + torch.arange(new.positions.shape[2], device=self.offset.device)
         for buffer, part in zip(buffers.tensors(), new.tensors()):
             if buffer is not None and part is not None:
-                buffer.index_copy_(2, slot, part)
+                buffer.index_copy_(2, places, part)
         self._mark(new.positions)
 
     def _keep_sinks(self, start: int, indices: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:

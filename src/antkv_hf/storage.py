@@ -121,9 +121,10 @@ class LayerStorage:
         self.statistic = self.statistic[:, :, ready:].clone()
 
     def _encode(
-        self, start: int, stop: int, first: int | torch.Tensor | None = None
+        self, start: int, stop: int, first: int | torch.Tensor | None = None, slot: int | torch.Tensor = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes of the tail's tokens ``start..stop-1``; `first`: index of the first tail token, if given."""
+        """Codes of the tail's tokens ``start..stop-1``; `first`: index of the first tail token, if given; `slot`: the
+        first for their anchors, where slots are fixed."""
         first = self.coded_length if first is None else first
         keys, values = self.tail_keys[:, :, start:stop], self.tail_values[:, :, start:stop]
         if isinstance(first, int):
@@ -140,7 +141,7 @@ class LayerStorage:
         coded = self._code(keys, values, origin, offset, taken)
         self._keep_sinks(start, indices, keys, values)
         if self.score is not None:
-            places = self._choose_anchors(start, indices, positions, keys, values, taken, coded)
+            places = self._choose_anchors(start, indices, positions, keys, values, taken, coded, slot)
             if self.scales is not None:  # anchors, now known, do not widen ranges either
                 chosen = torch.zeros(*keys.shape[:2], stop - start + 1, dtype=torch.bool, device=keys.device)
                 chosen.scatter_(2, places, True)
@@ -170,8 +171,9 @@ class LayerStorage:
         self.scales = self.scales.learn(plain, values, counted, known=first > self.offset + sinks)
 
     def _choose_anchors(
-        self, start: int, indices, positions, keys, values, taken: torch.Tensor, coded: Encoded
-    ) -> torch.Tensor:
+        self, start: int, indices, positions, keys, values, taken: torch.Tensor, coded: Encoded,
+        slot: int | torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """Stores the best of the n tokens that find a place; returns where they are, n for an empty slot:
         ``(batch, kv_heads, slots)``."""
         anchors, score, n = self.config.anchors, self.score, keys.shape[2]
@@ -203,10 +205,10 @@ class LayerStorage:
             (best + indices[0]).masked_fill(empty, -1), take(keys, best), take(values, best), dtype, self.codec,
             self.offset, self.codec.key_center(self.scales),
         )  # fmt: skip
-        self._keep_anchors(new, best_scores)
+        self._keep_anchors(new, best_scores, slot)
         return best if self.scales is None else best.masked_fill(empty, n)
 
-    def _keep_anchors(self, new: ExactTokens, scores: torch.Tensor) -> None:
+    def _keep_anchors(self, new: ExactTokens, scores: torch.Tensor, slot: int | torch.Tensor) -> None:
         """Adds anchors with their scores ``(batch, kv_heads, m)``; beyond the budget the worst of all are let go."""
         self.anchors = new if self.anchors is None else self.anchors.append(new)
         budget = self.config.anchors.max_tokens

@@ -96,7 +96,7 @@ def life(static: bool, graph: RecordedGraph | None = None) -> tuple[torch.Tensor
         after = storage.counts._replace(tail=storage.counts.tail + 1) if static else None
         outputs.append(run().clone())
         if static:
-            storage.count(after)
+            storage.note_counts(after)
     storage.commit()
     return torch.cat(outputs, 2), storage
 
@@ -267,7 +267,7 @@ def test_encoding_is_replayed_too():
             elif storage.must_encode:
                 coded, tail, slots = storage.counts
                 encode()
-                storage.count(Counts(coded + 8, tail - 8, slots + 2))
+                storage.note_counts(Counts(coded + 8, tail - 8, slots + 2))
             storage.append(keys[:, :, i : i + 1], values[:, :, i : i + 1])
             storage.query_moment.add_(1.0)
             seen = torch.arange(storage.tail_keys.shape[2]).float().cos().abs().expand_as(storage.statistic)
