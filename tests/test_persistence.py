@@ -219,6 +219,11 @@ def test_hybrids_keep_their_sliding_layers(path, options, tokens):
         assert torch.equal(one.keys, two.keys) and torch.equal(one.values, two.values)
         assert (one.cumulative_length, one.record_past) == (two.cumulative_length, two.record_past)
     assert_same(cache, loaded)
+    if options:  # transformers' next step would read all of the prompt again
+        for held in (cache, loaded):
+            with pytest.raises(ValueError, match="assisted decoding would read the whole prompt again"):
+                model.generate(said, past_key_values=held, **GREEDY, **options)
+        return
     expected, out = (model.generate(said, past_key_values=c, **GREEDY) for c in (cache, loaded))
     assert torch.equal(out, expected)
 
