@@ -196,10 +196,12 @@ def evaluate(
 
     book, config = (None, None) if codebook is None else _codec(codebook, settings)
     names = Counter(Path(source).name for source in text)  # two files of one name are told apart by their paths
-    sources = {source if names[Path(source).name] > 1 else Path(source).name or source: source for source in text}
+    sources = {
+        source if names[Path(source).name] > 1 else Path(source).name or source: load_texts(source) for source in text
+    }
     loaded, tokenizer = _load_model(model, device, dtype)
     rows = []
-    for name, texts in [(name, load_texts(source)) for name, source in sources.items()]:
+    for name, texts in sources.items():
         rows += measure(
             loaded, tokenizer, texts, book, config, protocols=protocol, window=window, windows=windows, last=last,
             baselines=baseline or (), text_name=name, batch_size=batch, progress=_Bar(),

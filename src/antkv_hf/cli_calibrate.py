@@ -134,8 +134,8 @@ def calibrate(
 
     given, limit = None, _bytes_of("--max-table-mb", max_table_mb)
     tuning = _tuning(
-        finetune, window=finetune_window, batch=finetune_batch, windowed=finetune_windowed, rate=finetune_rate,
-        micro_batch=micro_batch,
+        finetune, finetune_window=finetune_window, finetune_batch=finetune_batch, finetune_windowed=finetune_windowed,
+        micro_batch=micro_batch, finetune_rate=finetune_rate,
     )  # fmt: skip
     if start is not None:
         _check_from(
@@ -190,13 +190,11 @@ def calibrate(
             _say(f"next: antkv evaluate {model} {folder} --text FILE --save")
 
 
-def _tuning(steps: int, *, rate: float | None, **numbers: float | None) -> dict[str, Any]:
-    """Arguments of `finetune` that were given; raises ValueError for numbers of steps that are not taken."""
-    given = {name: number for name, number in {**numbers, "learning_rate": rate}.items() if number is not None}
+def _tuning(steps: int, **options: float | None) -> dict[str, Any]:
+    """Arguments of `finetune` by the options that were given; raises ValueError for those of steps not taken."""
+    given = {name: number for name, number in options.items() if number is not None}
     if given and not steps:
-        options = {"learning_rate": "--finetune-rate", "micro_batch": "--micro-batch"}
-        name = next(iter(given))
-        raise ValueError(
-            f"{options.get(name, f'--finetune-{name}')} is of fine-tuning: give --finetune STEPS, e.g. 150"
-        )
-    return {"steps": steps, **given}
+        option = next(iter(given)).replace("_", "-")
+        raise ValueError(f"--{option} is of fine-tuning: give --finetune STEPS, e.g. 150")
+    arguments = {"finetune_rate": "learning_rate"}
+    return {"steps": steps} | {arguments.get(name, name.removeprefix("finetune_")): x for name, x in given.items()}

@@ -285,8 +285,9 @@ class GraphedModel:
         try:
             output = replayed()
         except BaseException:
-            for storage, counts in zip(storages, before) if captures and not replayed.is_captured else ():
-                storage.set_counts(counts)
+            if captures and not replayed.is_captured:
+                for storage, counts in zip(storages, before):
+                    storage.set_counts(counts)
             raise
         finally:
             if not is_captured:

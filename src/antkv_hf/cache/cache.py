@@ -407,9 +407,9 @@ class AnTKVCache(Cache):
                 'build it with on_new_prompt="reset".'
             )
         if call.ids is not None and (longest := getattr(call.config, "max_length", None)) is not None:
-            tokens = call.ids.shape[1]
-            before = held if held and call.mask_length == held + tokens else 0  # which the prompt leaves out
-            self._told_of_room |= check_room(self.max_length, before + tokens, before + longest, self._told_of_room)
+            before = call.left_out(held)
+            prompt = before + call.ids.shape[1]
+            self._told_of_room |= check_room(self.max_length, prompt, before + longest, self._told_of_room)
         if why is not None:
             self.reset()
         self.__dict__["_user_defined"] = value

@@ -49,6 +49,10 @@ class GenerateCall(NamedTuple):
     mask_length: int | None = None
     assisted: bool = False
 
+    def left_out(self, held: int) -> int:
+        """How many of the `held` tokens of its cache the prompt leaves out: all, beside a mask over them too, or 0."""
+        return held if held and self.ids is not None and self.mask_length == held + self.ids.shape[1] else 0
+
 
 def marking_call() -> GenerateCall:
     """The `generate` call whose frame is above the caller's."""
@@ -191,7 +195,7 @@ class PromptGuard:
         known, ids = self.ids, call.ids
         if length == 0 or ids is None:
             return None
-        if call.mask_length == length + ids.shape[1]:  # the new tokens alone, and a mask over all: they follow
+        if call.left_out(length):  # the new tokens follow
             return None
         if known is not None and ids.shape[0] != known.shape[0]:
             if known.shape[0] % ids.shape[0]:

@@ -141,10 +141,12 @@ def evaluate(
             assert config is not None
             here = config.replace(window=protocol.window) if protocol.window else config
             make = partial(AnTKVCache, model.config, here, codebook)
-            narrow = partial(AnTKVCache, model.config, here.replace(window=1), codebook)
-            bits = real_bits(model, ids[:1], make)
-            if protocol.window == 0:  # no token is exact for being recent, but all of a short text's in a cache
-                bits = (bits if length >= here.window + here.chunk else real_bits(model, ids[:1], narrow))[:1] * 2
+            coded = make
+            if protocol.window == 0 and length < here.window + here.chunk:  # a cache would hold all of it exactly
+                coded = partial(AnTKVCache, model.config, here.replace(window=1), codebook)
+            bits = real_bits(model, ids[:1], coded)
+            if protocol.window == 0:  # no token is exact for being recent
+                bits = bits[0], bits[0]
             method = here.name_codec(layer.plan.layer_idx for layer in make().quantized_layers)
             if protocol.one_shot:
                 with ProtocolEvaluator(model, protocol, here, codebook).active():
