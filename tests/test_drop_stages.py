@@ -26,7 +26,7 @@ S1, S2, S3 = (VQSpec(4, 4, stages) for stages in (1, 2, 3))
 def residual_codebook(work_dir=None, candidates=("d4b4s3",), bits=3.0):
     return calibrate(
         small_llama(), word_tokenizer(), [small_text()], AnTKVConfig(window=16), tokens=512, window=64, samples=400,
-        iterations=3, progress=False, mixed=Mixed(bits, candidates, 2, "S16"), work_dir=work_dir,
+        iterations=3, progress=False, mixed=Mixed(bits, candidates, 2, ("S16",)), work_dir=work_dir,
     )  # fmt: skip
 
 

@@ -20,14 +20,15 @@ from test_texts import word_tokenizer
 
 from antkv_hf import AnTKVCodebook, AnTKVConfig, calibrate
 from antkv_hf.cache.model_rotary import model_rotary
-from antkv_hf.calibration import run, sensitivity
-from antkv_hf.calibration.sensitivity import Mixed, cache_cost, layer_costs, layer_specs, mean_divergence
+from antkv_hf.calibration import layer_losses, run, sensitivity
+from antkv_hf.calibration.layer_losses import cache_cost, layer_costs, mean_divergence
+from antkv_hf.calibration.sensitivity import Mixed, layer_specs
 from antkv_hf.calibration.spread import spread_bits, spread_within
 from antkv_hf.evaluation import evaluate
 from antkv_hf.specs import VQSpec
 
 RATES = [VQSpec(16, 8), VQSpec(8, 8), VQSpec(4, 8), VQSpec(16, 10)]
-SMALL = Mixed(1.0, ("d8b4", "d4b4", "d2b4"), windows=2, protocol="W0")  # 0.5, 1 and 2 bits, with tables of 16
+SMALL = Mixed(1.0, ("d8b4", "d4b4", "d2b4"), windows=2, protocols=("W0",))  # 0.5, 1 and 2 bits, with tables of 16
 
 
 @settings(max_examples=60, deadline=None)
@@ -144,7 +145,7 @@ def test_calibration_spreads_bits(tmp_path, monkeypatch):
     # what is there is used: other bits need no forward, no k-means and no measurement, but for that of the result
     for module, name in ((run, "window_statistics"), (run, "learn_tables"), (sensitivity, "layer_costs")):
         monkeypatch.setattr(module, name, None)
-    more = calibrated(mixed=Mixed(1.5, SMALL.candidates, 2, "W0"), work_dir=tmp_path)
+    more = calibrated(mixed=Mixed(1.5, SMALL.candidates, 2, ("W0",)), work_dir=tmp_path)
     assert sum(book.config.bits([0, 1])) < sum(more.config.bits([0, 1])) <= 3.0
     same = calibrated(work_dir=tmp_path)
     assert same.config == book.config and same.sha256 == book.sha256
@@ -166,6 +167,37 @@ def test_calibration_spreads_bits(tmp_path, monkeypatch):
     assert row.method.startswith("mixed d")
 
 
+def test_several_protocols_count_alike(tmp_path, monkeypatch):
+    """Each loss is a share of what the uniform spec loses by its protocol; what one protocol measured is reused."""
+    by = {name: calibrated(mixed=Mixed(1.0, SMALL.candidates, 2, (name,)), work_dir=tmp_path) for name in ("S16", "W0")}
+    monkeypatch.setattr(sensitivity, "layer_costs", None)  # all is there
+    both = calibrated(mixed=Mixed(1.0, SMALL.candidates, 2, ("S16", "W0")), work_dir=tmp_path)
+    records = {name: book.calibration["sensitivity"] for name, book in by.items()}
+    record = both.calibration["sensitivity"]
+    whole = {name: sum(r[role]["d4b4"][i] for role in ("key", "value") for i in (0, 1)) for name, r in records.items()}
+    assert record["protocol"] == "S16 + W0" and "relative to that of d4b4 in all layers" in record["unit"]
+    for role, spec, i in itertools.product(("key", "value"), ("d8b4", "d4b4", "d2b4"), (0, 1)):
+        expected = sum(r[role][spec][i] / whole[name] for name, r in records.items())
+        assert record[role][spec][i] == pytest.approx(expected, rel=2e-3)
+    assert record["predicted"]["mixed"] <= record["predicted"]["d4b4"] == pytest.approx(2, rel=1e-3)
+    assert set(record["measured"]) == set(by)
+    for name, found in record["measured"].items():
+        assert set(found) == {"mixed", "d4b4"}
+        assert found["d4b4"] == records[name]["measured"]["d4b4"] > 0
+
+
+def test_a_layers_samples_are_read_once_for_all_specs(tmp_path, monkeypatch):
+    reads, original = [], run.WorkFolder.read
+
+    def counted(self, names, layer, *rest):
+        reads.append((layer, names[0]))
+        return original(self, names, layer, *rest)
+
+    monkeypatch.setattr(run.WorkFolder, "read", counted)
+    calibrated(work_dir=tmp_path)
+    assert sorted(reads) == [(0, "key"), (0, "value"), (1, "key"), (1, "value")]
+
+
 def test_candidates_are_tried_with_the_bias_that_they_will_have(tmp_path, monkeypatch):
     """Windows beyond the exact window: each candidate's keys carry noise of their own, so coarser ones more."""
     seen, original = [], layer_costs
@@ -177,7 +209,7 @@ def test_candidates_are_tried_with_the_bias_that_they_will_have(tmp_path, monkey
     monkeypatch.setattr(sensitivity, "layer_costs", watched)
     book = calibrate(
         small_llama(), word_tokenizer(), [small_text()], AnTKVConfig(window=16), tokens=512, window=64, samples=400,
-        iterations=3, progress=False, mixed=Mixed(1.0, SMALL.candidates, 2, "S16"), work_dir=tmp_path,
+        iterations=3, progress=False, mixed=Mixed(1.0, SMALL.candidates, 2, ("S16",)), work_dir=tmp_path,
     )  # fmt: skip
     loudness = [
         [float(t["key", VQSpec.parse(s)].noise.diagonal(dim1=-2, dim2=-1).sum()) for s in ("d8b4", "d4b4", "d2b4")]
@@ -186,7 +218,7 @@ def test_candidates_are_tried_with_the_bias_that_they_will_have(tmp_path, monkey
     assert len(seen) == 2 and all(a > b > c > 0 for a, b, c in loudness)
     assert all(key.noise is not None for key, _ in book.tables.values())
     (sensitivity_file,) = {f.parent for f in tmp_path.rglob("sensitivity-*/*.json")}
-    calibrated(mixed=Mixed(1.0, SMALL.candidates, 2, "W0"), work_dir=tmp_path)  # no bias here: losses of their own
+    calibrated(mixed=Mixed(1.0, SMALL.candidates, 2, ("W0",)), work_dir=tmp_path)  # no bias here: losses of their own
     assert len({f.parent for f in tmp_path.rglob("sensitivity-*/*.json")} - {sensitivity_file}) == 1
 
 
@@ -200,11 +232,13 @@ def test_bad_spreads_are_refused():
         (lambda: Mixed(float("inf")), "inf bits on average are no number"),
         (lambda: Mixed(1, ()), "smallest candidate has none"),
         (lambda: Mixed(1, windows=0), "windows=0 must be at least 1"),
-        (lambda: Mixed(1, protocol="FP"), "protocol W0 or S<n> such as S128, not 'FP'"),
+        (lambda: Mixed(1, protocols=("FP",)), "protocol W0 or S<n> such as S128, not 'FP'"),
+        (lambda: Mixed(1, protocols=()), r"protocols=\(\) must name at least one protocol, and each once"),
+        (lambda: Mixed(1, protocols=("W0", "W0")), "must name at least one protocol, and each once"),
         (lambda: Mixed(1, ("3",)), "3 bits per element do not exist"),
-        (lambda: calibrated(mixed=Mixed(1, ("d32b8",), protocol="W0")), "head_dim 16 is not a multiple of sub_dim 32"),
+        (lambda: calibrated(mixed=Mixed(1, ("d32b8",), 2, ("W0",))), "head_dim 16 is not a multiple of sub_dim 32"),
         (
-            lambda: calibrated(mixed=Mixed(1, protocol="W0"), samples=200),
+            lambda: calibrated(mixed=Mixed(1, protocols=("W0",)), samples=200),
             "200 samples .* are fewer than the 256 centroids",
         ),
         (
@@ -225,7 +259,7 @@ def test_impossible_spreads_are_refused_before_work(monkeypatch):
         (AnTKVConfig.preset("ott-2bit"), SMALL, "codec int2g32 has no tables to learn"),
         (
             AnTKVConfig(),
-            Mixed(0.25, ("d16b4", "d8b4"), protocol="W0"),
+            Mixed(0.25, ("d16b4", "d8b4"), protocols=("W0",)),
             "0.25 bits on average cannot be kept: the smallest .* take 0.5",
         ),
         (AnTKVConfig(spec, spec, layer_specs={9: (spec, spec)}), None, "layer_specs names layer 9, .* has 2 layers"),
@@ -239,13 +273,13 @@ def test_impossible_spreads_are_refused_before_work(monkeypatch):
 
 
 def test_loss_that_is_not_finite_is_named_and_not_kept(tmp_path, monkeypatch):
-    original, calls = sensitivity.mean_divergence, []
+    original, calls = layer_losses.mean_divergence, []
 
     def failing(plain, logits):
         calls.append(1)
         return float("nan") if len(calls) == 2 else original(plain, logits)
 
-    monkeypatch.setattr(sensitivity, "mean_divergence", failing)
+    monkeypatch.setattr(layer_losses, "mean_divergence", failing)
     message = "layer 0, key d4b4: the loss is nan in torch.float32, .*: load the model in bfloat16 or float32"
     with pytest.raises(ValueError, match=message):
         calibrated(work_dir=tmp_path)
@@ -271,8 +305,10 @@ def test_command(place, monkeypatch, tmp_path):  # noqa: F811
     }  # fmt: skip
     antkv(*common, "--mixed", 1, "--mixed", 2, "--candidate", "1", "--candidate", "d4b8", "--sensitivity", "S128",
           "--sensitivity-windows", 3)  # fmt: skip
-    assert [mixed for _, mixed in seen[-2:]] == [Mixed(b, ("1", "d4b8"), 3, "S128") for b in (1.0, 2.0)]
+    assert [mixed for _, mixed in seen[-2:]] == [Mixed(b, ("1", "d4b8"), 3, ("S128",)) for b in (1.0, 2.0)]
     assert (tmp_path / "mixed-2bit" / "config.json").is_file()
+    antkv(*common[:-3], tmp_path / "one", *common[-2:], "--mixed", 1, "--sensitivity", "S128", "--sensitivity", "W0")
+    assert seen[-1][1] == Mixed(1.0, protocols=("S128", "W0"))
     assert "leave --key-bits" in error_of(*common, "--mixed", 1, "--key-bits", 2)
     assert "0.25 bits on average cannot be kept" in error_of(*common, "--mixed", 0.25)
     assert "--candidate is of --mixed" in error_of(*common, "--bits", 1, "--candidate", "1")

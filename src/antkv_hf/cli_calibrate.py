@@ -51,7 +51,8 @@ def calibrate(
         list[str] | None, typer.Option(help="Rate or spec that --mixed may give; repeat. Default: 0.5, 1, 2, 4.")
     ] = None,
     sensitivity: Annotated[
-        str | None, typer.Option(help="Protocol by which --mixed measures: S128 (default) or W0.")
+        list[str] | None,
+        typer.Option(help="Protocol by which --mixed measures: S128 (default) or W0; repeat it to serve both."),
     ] = None,
     sensitivity_windows: Annotated[
         int | None, typer.Option(help="Windows of text on which --mixed measures. Default: 4.")

@@ -175,22 +175,21 @@ def _changed(config: AnTKVConfig, settings: list[str] | None, layer_bits: str | 
 
 
 def _mixed_runs(
-    bits: list[float] | None, candidates: list[str] | None, protocol: str | None, windows: int | None,
+    bits: list[float] | None, candidates: list[str] | None, protocols: list[str] | None, windows: int | None,
     settings: list[str] | None, max_table_bytes: int | None,
 ) -> list[tuple[str, AnTKVConfig, Mixed | None]]:  # fmt: skip
     """Name, config and spread of each `--mixed`; the config's specs are replaced by what is found."""
     from .calibration.sensitivity import Mixed
     from .config import AnTKVConfig
 
-    for name, given in (("candidate", candidates), ("sensitivity", protocol), ("sensitivity-windows", windows)):
+    for name, given in (("candidate", candidates), ("sensitivity", protocols), ("sensitivity-windows", windows)):
         if given and not bits:
             raise ValueError(f"--{name} is of --mixed: add --mixed BITS, e.g. --mixed 1")
     runs: list[tuple[str, AnTKVConfig, Mixed | None]] = []
     for b in bits or []:
         found = Mixed(
             b, tuple(candidates or Mixed.candidates), Mixed.windows if windows is None else windows,
-            Mixed.protocol if protocol is None else protocol,
-            max_table_bytes,
+            tuple(protocols or Mixed.protocols), max_table_bytes,
         )  # fmt: skip
         spec = str(found.uniform())
         runs.append((f"mixed-{b:g}bit", _changed(AnTKVConfig.preset("1bit", key=spec, value=spec), settings), found))

@@ -27,6 +27,7 @@ from .intercept import frozen_for_statistics
 from .noise import unseen_windows, with_noise
 from .processes import Processes
 from .sensitivity import ROLES, Mixed, check_spread, measured, search
+from .spread import Place
 from .statistics import LayerStatistics, window_statistics
 from .tables import learn_tables
 from .work_folder import WorkFolder, check_shared, digest
@@ -279,15 +280,22 @@ def _learn(
     """Makes the tables that the folder has not; together with the other processes."""
     missing = [item for item in wanted if not folder.has_tables(*item)]
     processes.wait()  # until all have seen what is missing
-    own = processes.share(missing)
-    for layer, role, spec in (bar := tqdm(own, desc="tables", disable=not progress or processes.rank > 0)):
-        x, gradients, exclude = folder.read((role, f"{role}_grad", "exclude"), layer, len(plan.windows), device)
-        rotary = plan.rotary[layer] if role == "key" else None
-        # Distinct seeds: stages of a table add up to 1,000, layers and roles step over them.
-        own_seed = seed + 2000 * layer + (1000 if role == "value" else 0)
-        tables, error = learn_tables(spec, x, gradients, exclude, rotary, iterations, own_seed)
-        folder.save_tables(layer, role, spec, tables, error)
-        bar.set_postfix({f"{role}_error": f"{error:.3f}"})
+    places: dict[Place, list[VQSpec]] = {}  # samples are read once for all specs of a place
+    for layer, role, spec in missing:
+        places.setdefault((layer, role), []).append(spec)
+    own = processes.share(list(places.items()))
+    total = sum(len(specs) for _, specs in own)
+    with tqdm(total=total, desc="tables", disable=not progress or processes.rank > 0) as bar:
+        for (layer, role), specs in own:
+            x, gradients, exclude = folder.read((role, f"{role}_grad", "exclude"), layer, len(plan.windows), device)
+            rotary = plan.rotary[layer] if role == "key" else None
+            # Distinct seeds: stages of a table add up to 1,000, layers and roles step over them.
+            own_seed = seed + 2000 * layer + (1000 if role == "value" else 0)
+            for spec in specs:
+                tables, error = learn_tables(spec, x, gradients, exclude, rotary, iterations, own_seed)
+                folder.save_tables(layer, role, spec, tables, error)
+                bar.update()
+                bar.set_postfix({f"{role}_error": f"{error:.3f}"})
     processes.wait()
 
 

@@ -3,6 +3,7 @@
 The loss of a spec in one place (a layer's keys, or its values) is the mean KL(plain logits || logits) of a token while
 nothing else is quantized, under a one-shot protocol of `evaluation.protocols` with anchors, sinks and the bias of coded
 tokens as in use. Losses of several places are taken to add up; what the spread really loses is measured in the end.
+Several protocols count alike, each relative to what one spec in all layers loses by it.
 """
 
 from __future__ import annotations
@@ -15,26 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..anchors import get_score
-from ..cache.layer import LayerPlan
 from ..codebook import AnTKVCodebook
-from ..codecs import IdentityCodec, LayerCodec, VectorQuantizer, VQTables, least_table_bytes
+from ..codecs import VQTables, least_table_bytes
 from ..config import AnTKVConfig
-from ..evaluation.protocols import Protocol, ProtocolEvaluator
+from ..evaluation.protocols import Protocol
 from ..rotary import Rotary
 from ..specs import VQSpec, spec_for
+from .layer_losses import ROLES, Costs, cache_cost, layer_costs
 from .noise import with_noise
 from .processes import Processes
 from .spread import Place, spread_bits, spread_within
 from .work_folder import WorkFolder, save_json
-
-ROLES = ("key", "value")
-_LOGIT_ROWS = 256  # rows of logits compared at a time
-Costs = dict[Place, dict[VQSpec, float]]
 
 
 @dataclass(frozen=True)
@@ -45,20 +40,20 @@ class Mixed:
         bits: bits of codes per element to spend on average over all quantized layers, keys and values.
         candidates: rates (or specs such as ``"d16b8s2"``) that a layer's keys or values may get.
         windows: calibration windows on which losses are measured, taken evenly from all; more make losses surer.
-        protocol: ``S<n>`` (the last n keys exact; 128 unless told, whatever the window of the config) or ``W0`` (every
-            key and value quantized).
+        protocols: by which losses are measured: ``S<n>`` (the last n keys exact, whatever the window of the config),
+            ``W0`` (every key and value quantized), or several, to serve both uses.
         max_table_bytes: the most that the tables may take, as stored; None: any size. Residual candidates take a table
             a stage, so within a limit they go where they gain most for their bytes.
 
     Raises:
-        ValueError: bits that are no number, no candidate as small as `bits`, no window, no table byte, a protocol that
-            is not a one-shot one.
+        ValueError: bits that are no number, no candidate as small as `bits`, no window, no table byte, no protocol or
+            one that is not a one-shot one.
     """
 
     bits: float
     candidates: tuple[str, ...] = ("0.5", "1", "2", "4")
     windows: int = 4
-    protocol: str = "S128"
+    protocols: tuple[str, ...] = ("S128",)
     max_table_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -75,8 +70,11 @@ class Mixed:
             raise ValueError(f"windows={self.windows} must be at least 1: losses are measured on text")
         if self.max_table_bytes is not None and self.max_table_bytes < 1:
             raise ValueError(f"max_table_bytes={self.max_table_bytes} must be at least 1: give e.g. 12_000_000")
-        if not Protocol.parse(self.protocol).one_shot:
-            raise ValueError(f"sensitivity is measured by protocol W0 or S<n> such as S128, not {self.protocol!r}")
+        if not self.protocols or len(set(self.protocols)) < len(self.protocols):
+            raise ValueError(f"protocols={self.protocols} must name at least one protocol, and each once")
+        for name in self.protocols:
+            if not Protocol.parse(name).one_shot:
+                raise ValueError(f"sensitivity is measured by protocol W0 or S<n> such as S128, not {name!r}")
 
     @property
     def specs(self) -> tuple[VQSpec, ...]:
@@ -102,13 +100,15 @@ def check_spread(
     """Raises ValueError, as `spread_bits` and `spread_within`, if the layers of this model cannot have so few bits
     (codes of a vector are padded to whole bytes) or such small tables. Also if nothing in a calibration `window` of so
     many tokens would be quantized."""
-    exact, sinks = Protocol.parse(mixed.protocol).window, config.anchors.sinks
-    if exact and window <= exact + sinks:
-        raise ValueError(
-            f"sensitivity by protocol {mixed.protocol} reads windows of {window} tokens, of which the last {exact} and "
-            f"{sinks} sinks are exact, so that nothing is quantized: raise the calibration window above "
-            f"{exact + sinks}, or measure by W0"
-        )
+    sinks = config.anchors.sinks
+    for name in mixed.protocols:
+        exact = Protocol.parse(name).window
+        if exact and window <= exact + sinks:
+            raise ValueError(
+                f"sensitivity by protocol {name} reads windows of {window} tokens, of which the last {exact} and "
+                f"{sinks} sinks are exact, so that nothing is quantized: raise the calibration window above "
+                f"{exact + sinks}, or measure by W0"
+            )
     sizes = head_sizes(described)
     costs = {(i, role): dict.fromkeys(mixed.specs, 0.0) for i in rotary for role in ROLES}
     spread_bits(costs, sizes, mixed.bits)
@@ -157,58 +157,60 @@ def search(
     """
     rows = windows[_spread(len(windows), mixed.windows)]
     settings = {
-        "protocol": mixed.protocol,
         "windows": len(rows),
         "anchors": asdict(config.anchors),
         "chunk": config.chunk,
         "bias": fresh is not None,
     }
-    files = {layer: folder.costs_file(settings, layer) for layer in sorted(rotary)}
-    known = {layer: _read_costs(file) for layer, file in files.items()}
-    missing = [
-        layer for layer in files if any(str(spec) not in known[layer].get(r, {}) for r in ROLES for spec in mixed.specs)
-    ]
+    layers = sorted(rotary)
+    files = {(p, i): folder.costs_file({**settings, "protocol": p}, i) for p in mixed.protocols for i in layers}
+    known = {at: _read_costs(file) for at, file in files.items()}
+    wanted = {
+        (protocol, layer): [(r, spec) for r in ROLES for spec in mixed.specs if str(spec) not in held.get(r, {})]
+        for (protocol, layer), held in known.items()
+    }
+    missing = [layer for layer in layers if any(wanted[protocol, layer] for protocol in mixed.protocols)]
     processes.wait()  # until all have seen what is missing
     own = processes.share(missing)
-    books = {
-        spec: _uniform_book(model, config, spec, rotary, described, fresh, folder)
-        for spec in mixed.specs
-        if any(str(spec) not in known[layer].get(role, {}) for layer in own for role in ROLES)
-    }
+    specs = {spec for (_, layer), lacking in wanted.items() if layer in own for _, spec in lacking}
+    books = {spec: _uniform_book(model, config, spec, rotary, described, fresh, folder) for spec in specs}
     for layer in tqdm(own, desc="sensitivity", unit="layer", disable=not progress or processes.rank > 0):
-        held = known[layer]
-        tables = {
-            (role, spec): books[spec].tables[layer][i]
-            for i, role in enumerate(ROLES)
-            for spec in mixed.specs
-            if str(spec) not in held.get(role, {})
-        }
-        for (_, role), found in layer_costs(model, rows, mixed.protocol, config, layer, rotary[layer], tables).items():
-            held[role] = {**held.get(role, {}), **{str(spec): cost for spec, cost in found.items()}}
-        save_json(held, files[layer])
+        for protocol in mixed.protocols:
+            held = known[protocol, layer]
+            tables = {(r, spec): books[spec].tables[layer][ROLES.index(r)] for r, spec in wanted[protocol, layer]}
+            for (_, role), found in layer_costs(model, rows, protocol, config, layer, rotary[layer], tables).items():
+                held[role] = {**held.get(role, {}), **{str(spec): cost for spec, cost in found.items()}}
+            save_json(held, files[protocol, layer])
     processes.wait()
-    known = {layer: _read_costs(file) for layer, file in files.items()}
-    costs = {(i, role): {spec: known[i][role][str(spec)] for spec in mixed.specs} for i in files for role in ROLES}
-    sizes = head_sizes(described)
-    chosen = best = spread_bits(costs, sizes, mixed.bits)
-    uniform = mixed.uniform()
+    known = {at: _read_costs(file) for at, file in files.items()}
+    sizes, stored, uniform = head_sizes(described), {}, mixed.uniform()
     if mixed.max_table_bytes is not None:
         stored = {
-            place: {spec: _stored_bytes(folder.read_tables(*place, spec)[0], fresh is not None) for spec in options}
-            for place, options in costs.items()
+            (i, r): {s: _stored_bytes(folder.read_tables(i, r, s)[0], fresh is not None) for s in mixed.specs}
+            for i in layers
+            for r in ROLES
         }
-        chosen = spread_within(costs, sizes, mixed.bits, stored, mixed.max_table_bytes)
         uniform = mixed.uniform({spec: sum(options[spec] for options in stored.values()) for spec in mixed.specs})
+    costs, unit = _together(
+        {
+            p: {(i, r): {spec: known[p, i][r][str(spec)] for spec in mixed.specs} for i in layers for r in ROLES}
+            for p in mixed.protocols
+        },
+        uniform,
+    )
+    chosen = best = spread_bits(costs, sizes, mixed.bits)
     limit = {} if mixed.max_table_bytes is None else {"max_table_bytes": mixed.max_table_bytes}
+    if mixed.max_table_bytes is not None:
+        chosen = spread_within(costs, sizes, mixed.bits, stored, mixed.max_table_bytes)
     record = {
         "bits": mixed.bits,
         **limit,
-        "protocol": mixed.protocol,
+        "protocol": " + ".join(mixed.protocols),
         "windows": f"{len(rows)} x {rows.shape[1]}",
-        "unit": "KL, nats a token",
-        "layers": list(files),
+        "unit": unit,
+        "layers": layers,
         **{
-            role: {str(spec): [rounded(costs[layer, role][spec]) for layer in files] for spec in mixed.specs}
+            role: {str(spec): [rounded(costs[layer, role][spec]) for layer in layers] for spec in mixed.specs}
             for role in ROLES
         },
         "predicted": {
@@ -218,6 +220,24 @@ def search(
         },
     }
     return config.replace(layer_specs=layer_specs(chosen)), record, uniform
+
+
+def _together(costs: Mapping[str, Costs], uniform: VQSpec) -> tuple[Costs, str]:
+    """Losses by protocol as one loss of each spec in each place, and its unit.
+
+    Those of several protocols are shares of what `uniform` in all layers loses by each, summed: in nats a protocol
+    that loses ten times as much, as W0 does, would decide alone.
+    """
+    if len(costs) == 1:
+        return next(iter(costs.values())), "KL, nats a token"
+    whole = {p: max(sum(options[uniform] for options in found.values()), 1e-12) for p, found in costs.items()}
+    places = next(iter(costs.values()))
+    together = {
+        place: {spec: sum(found[place][spec] / whole[p] for p, found in costs.items()) for spec in options}
+        for place, options in places.items()
+    }
+    nats = ", ".join(f"{rounded(loss)} by {p}" for p, loss in whole.items())
+    return together, f"KL relative to that of {uniform} in all layers (nats a token: {nats}), summed over protocols"
 
 
 def _stored_bytes(tables: VQTables, has_noise: bool) -> int:
@@ -235,14 +255,19 @@ def measured(
     windows: torch.Tensor,
     fresh: torch.Tensor | None,
     folder: WorkFolder,
-) -> dict[str, float]:
-    """Loss of the spread and of `spec` in all layers, nats a token, on the windows of `search`."""
+) -> dict[str, Any]:
+    """Loss of the spread and of `spec` in all layers, nats a token, on the windows of `search`; of several protocols
+    by protocol."""
     rows = windows[_spread(len(windows), mixed.windows)]
     same = _uniform_book(model, book.config, spec, book.tables, book.model, fresh, folder)
-    return {
-        name: rounded(cache_cost(model, rows, mixed.protocol, held))
-        for name, held in (("mixed", book), (str(spec), same))
+    losses = {
+        protocol: {
+            name: rounded(cache_cost(model, rows, protocol, held))
+            for name, held in (("mixed", book), (str(spec), same))
+        }
+        for protocol in mixed.protocols
     }
+    return losses if len(losses) > 1 else next(iter(losses.values()))
 
 
 def _uniform_book(
@@ -283,97 +308,3 @@ def _read_costs(file: Path) -> dict[str, dict[str, float]]:
         return json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not measured, or damaged: it is measured anew
         return {}
-
-
-@torch.no_grad()
-def layer_costs(
-    model: PreTrainedModel,
-    windows: torch.Tensor,
-    protocol: str,
-    config: AnTKVConfig,
-    layer: int,
-    rotary: Rotary | None,
-    tables: Mapping[tuple[str, VQSpec], VQTables],
-) -> Costs:
-    """Loss of each spec for one layer's keys and values, each alone: nats a token.
-
-    Args:
-        windows: token ids ``(count, n)``. protocol: see `Mixed`.
-        config: anchors and chunks. rotary: the layer's RoPE, None where keys are coded as they come.
-        tables: of the layer, by role and spec.
-
-    Raises:
-        ValueError: a loss is not finite.
-    """
-    evaluator = _evaluator(model, protocol, config)
-    sums: Costs = {(layer, role): {} for role in ROLES}
-    for row in windows:
-        ids = row.unsqueeze(0).to(model.device)
-        plain = _logits(evaluator, ids, {})
-        for (role, spec), held in tables.items():
-            plan = _plan_of(evaluator.config, layer, role, spec, held, rotary)
-            found = _checked(
-                mean_divergence(plain, _logits(evaluator, ids, {layer: plan})), model, f"layer {layer}, {role} {spec}"
-            )
-            place = sums[layer, role]
-            place[spec] = place.get(spec, 0.0) + found / len(windows)
-    return sums
-
-
-@torch.no_grad()
-def cache_cost(model: PreTrainedModel, windows: torch.Tensor, protocol: str, codebook: AnTKVCodebook) -> float:
-    """Loss of a whole codebook, nats a token, as in `layer_costs`."""
-    plain_evaluator = _evaluator(model, protocol, codebook.config)
-    evaluator = ProtocolEvaluator(model, Protocol.parse(protocol), codebook.config, codebook)
-    total = 0.0
-    for row in windows:
-        ids = row.unsqueeze(0).to(model.device)
-        found = mean_divergence(_logits(plain_evaluator, ids, {}), _logits(evaluator, ids, evaluator.plans))
-        total += _checked(found, model, f"codec {codebook.config.codec_name}")
-    return total / len(windows)
-
-
-def _checked(loss: float, model: PreTrainedModel, what: str) -> float:
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"{what}: the loss is {loss} in {model.dtype}, by which no bits can be spread: load the model in bfloat16 "
-            "or float32, or leave this candidate out"
-        )
-    return loss
-
-
-def mean_divergence(plain: torch.Tensor, logits: torch.Tensor) -> float:
-    """KL(plain || logits) in nats, the mean over tokens: logits ``(batch, n, vocabulary)``."""
-    total, (batch, n, _) = 0.0, plain.shape
-    for start in range(0, n, _LOGIT_ROWS):
-        rows = slice(start, start + _LOGIT_ROWS)
-        expected, found = (F.log_softmax(x[:, rows].float(), -1) for x in (plain, logits))
-        total += float(F.kl_div(found, expected, reduction="none", log_target=True).sum(-1).double().sum())
-    return total / (batch * n)
-
-
-def _evaluator(model: PreTrainedModel, protocol: str, config: AnTKVConfig) -> ProtocolEvaluator:
-    """One whose plans are given in each forward: layers without a plan attend exactly, by the same code."""
-    exact = AnTKVConfig(
-        key=None, value=None, anchors=config.anchors, window=config.window, chunk=config.chunk, rope=config.rope
-    )
-    return ProtocolEvaluator(model, Protocol.parse(protocol), exact, None)
-
-
-def _logits(evaluator: ProtocolEvaluator, ids: torch.Tensor, plans: dict[int, LayerPlan]) -> torch.Tensor:
-    evaluator.plans = plans
-    with evaluator.active():
-        return evaluator.model(input_ids=ids, use_cache=False).logits
-
-
-def _plan_of(
-    config: AnTKVConfig, layer: int, role: str, spec: VQSpec, tables: VQTables, rotary: Rotary | None
-) -> LayerPlan:
-    """Plan of a layer whose keys or values alone are coded."""
-
-    def codec(layer: int, device: torch.device, *sizes: int) -> LayerCodec:
-        coded = VectorQuantizer(spec, tables, device)
-        key, value = (coded if role == r else IdentityCodec() for r in ROLES)
-        return LayerCodec(key, value, None if rotary is None else rotary.to(device))
-
-    return LayerPlan(layer, config, get_score(config.anchors.score), codec)
