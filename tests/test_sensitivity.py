@@ -21,6 +21,7 @@ from test_texts import word_tokenizer
 from antkv_hf import AnTKVCodebook, AnTKVConfig, calibrate
 from antkv_hf.cache.model_rotary import model_rotary
 from antkv_hf.calibration import layer_losses, run, sensitivity
+from antkv_hf.calibration.drop_stages import drop_stages
 from antkv_hf.calibration.layer_losses import cache_cost, layer_costs, mean_divergence
 from antkv_hf.calibration.sensitivity import Mixed, layer_specs
 from antkv_hf.calibration.spread import spread_bits, spread_within
@@ -168,7 +169,7 @@ def test_calibration_spreads_bits(tmp_path, monkeypatch):
 
 
 def test_several_protocols_count_alike(tmp_path, monkeypatch):
-    """Each loss is a share of what the uniform spec loses by its protocol; what one protocol measured is reused."""
+    """Each loss is a share of what the uniform spec loses by its protocol."""
     by = {name: calibrated(mixed=Mixed(1.0, SMALL.candidates, 2, (name,)), work_dir=tmp_path) for name in ("S16", "W0")}
     monkeypatch.setattr(sensitivity, "layer_costs", None)  # all is there
     both = calibrated(mixed=Mixed(1.0, SMALL.candidates, 2, ("S16", "W0")), work_dir=tmp_path)
@@ -184,6 +185,59 @@ def test_several_protocols_count_alike(tmp_path, monkeypatch):
     for name, found in record["measured"].items():
         assert set(found) == {"mixed", "d4b4"}
         assert found["d4b4"] == records[name]["measured"]["d4b4"] > 0
+
+
+def test_only_what_is_missing_is_measured(tmp_path, monkeypatch):
+    """Of two protocols one is there; then a file of the other is damaged in ways that are, and are not, JSON."""
+    seen = []
+
+    def watched(model, rows, protocol, config, layer, rotary, tables):
+        seen.append((protocol, layer, len(tables)))
+        return layer_costs(model, rows, protocol, config, layer, rotary, tables)
+
+    both = Mixed(1.0, SMALL.candidates, 2, (" s16", "W0"))
+    calibrated(mixed=Mixed(1.0, SMALL.candidates, 2, ("S16",)), work_dir=tmp_path)
+    (first,) = tmp_path.glob("sensitivity-*")
+    monkeypatch.setattr(sensitivity, "layer_costs", watched)
+    record = calibrated(mixed=both, work_dir=tmp_path).calibration["sensitivity"]
+    assert seen == [("W0", 0, 6), ("W0", 1, 6)]
+    (second,) = set(tmp_path.glob("sensitivity-*")) - {first}
+    for text, count in (("[]", 6), ('{"key": 1}', 6), ('{"key": {"d8b4": NaN, "d4b4": 0.1, "d2b4": 0.1}}', 4), ("", 6)):
+        (second / "0001.json").write_text(text, encoding="utf-8")
+        seen.clear()
+        again = calibrated(mixed=both, work_dir=tmp_path).calibration["sensitivity"]
+        assert seen == [("W0", 1, count)], text
+        if count == 6:
+            assert again == record
+
+
+def test_protocols_with_a_limit_on_tables_and_noise(tmp_path):
+    """Shares are of the uniform spec that the limit allows; keys have noise here, and stages can be dropped later."""
+    options = dict(tokens=512, window=64, samples=400, iterations=3, progress=False, work_dir=tmp_path)
+    mixed = Mixed(1.0, ("d8b4", "d4b4", "d8b4s2"), 2, ("S16", "W0"), max_table_bytes=10_000)
+    book = calibrate(small_llama(), word_tokenizer(), [small_text()], AnTKVConfig(window=16), mixed=mixed, **options)
+    record = book.calibration["sensitivity"]
+    assert record["max_table_bytes"] == 10_000 >= book.tables_bytes()
+    uniform = "d4b4"  # d8b4s2 everywhere takes 13,952
+    assert f"relative to that of {uniform} in all layers" in record["unit"]
+    assert record["predicted"][uniform] == pytest.approx(2, rel=1e-3)
+    assert record["predicted"]["any size"] <= record["predicted"]["mixed"]
+    assert all(key.noise is not None for key, _ in book.tables.values())
+    free = calibrate(
+        small_llama(), word_tokenizer(), [small_text()], AnTKVConfig(window=16), **options,
+        mixed=Mixed(1.0, ("d16b4", "d8b4s2"), 2, ("S16", "W0")),
+    )  # fmt: skip
+    smaller = drop_stages(free, free.tables_bytes() - 1)
+    assert smaller.tables_bytes() < free.tables_bytes() and smaller.calibration["drop_stages"]["stages"] == 1
+
+
+def test_a_protocol_that_loses_nothing_does_not_count():
+    costs = {
+        "S16": {(0, "key"): {VQSpec(8, 4): 0.0, VQSpec(4, 4): 0.0}},
+        "W0": {(0, "key"): {VQSpec(8, 4): 0.3, VQSpec(4, 4): 0.1}},
+    }
+    found, _ = sensitivity._together(costs, VQSpec(4, 4))
+    assert found[0, "key"] == pytest.approx({VQSpec(8, 4): 3.0, VQSpec(4, 4): 1.0})
 
 
 def test_a_layers_samples_are_read_once_for_all_specs(tmp_path, monkeypatch):
@@ -233,8 +287,9 @@ def test_bad_spreads_are_refused():
         (lambda: Mixed(1, ()), "smallest candidate has none"),
         (lambda: Mixed(1, windows=0), "windows=0 must be at least 1"),
         (lambda: Mixed(1, protocols=("FP",)), "protocol W0 or S<n> such as S128, not 'FP'"),
-        (lambda: Mixed(1, protocols=()), r"protocols=\(\) must name at least one protocol, and each once"),
-        (lambda: Mixed(1, protocols=("W0", "W0")), "must name at least one protocol, and each once"),
+        (lambda: Mixed(1, protocols=()), r"protocols=\(\) must name at least one protocol, and none twice"),
+        (lambda: Mixed(1, protocols=("W0", "w0 ")), r"protocols=\('W0', 'w0 '\) must name .*, and none twice: give"),
+        (lambda: Mixed(1, protocols="W0"), r"protocols='W0' must be a tuple of names: give \('W0',\)"),
         (lambda: Mixed(1, ("3",)), "3 bits per element do not exist"),
         (lambda: calibrated(mixed=Mixed(1, ("d32b8",), 2, ("W0",))), "head_dim 16 is not a multiple of sub_dim 32"),
         (

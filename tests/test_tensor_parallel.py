@@ -241,7 +241,7 @@ def test_heads_that_do_not_divide():
 
 # -------------------------------------------------------------------- calibration
 @pytest.mark.parametrize(
-    ("batch_size", "mixed"), [(1, None), (2, Mixed(0.75, ("d8b4", "d4b4"), windows=1, protocols=("W0",)))]
+    ("batch_size", "mixed"), [(1, None), (2, Mixed(0.75, ("d8b4", "d4b4"), windows=1, protocols=("S16", "W0")))]
 )
 def test_a_shared_calibration_gives_the_tables_of_one_process(two, tmp_path, batch_size, mixed):
     """7 windows and 3 layers, so that the shares are uneven; equal bit for bit, since nothing is added up across."""

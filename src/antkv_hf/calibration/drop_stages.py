@@ -13,7 +13,8 @@ from dataclasses import replace
 from ..codebook import AnTKVCodebook
 from ..codecs import VQTables
 from ..specs import VQSpec
-from .sensitivity import ROLES, layer_specs, rounded, without_outdated
+from .sensitivity import layer_specs, rounded, without_outdated
+from .spread import ROLES
 
 
 def drop_stages(codebook: AnTKVCodebook, max_bytes: int) -> AnTKVCodebook:

@@ -17,9 +17,8 @@ from ..config import AnTKVConfig
 from ..evaluation.protocols import Protocol, ProtocolEvaluator
 from ..rotary import Rotary
 from ..specs import VQSpec
-from .spread import Place
+from .spread import ROLES, Place
 
-ROLES = ("key", "value")
 Costs = dict[Place, dict[VQSpec, float]]
 _LOGIT_ROWS = 256  # rows of logits compared at a time
 
@@ -37,7 +36,7 @@ def layer_costs(
     """Loss of each spec for one layer's keys and values, each alone: nats a token.
 
     Args:
-        windows: token ids ``(count, n)``. protocol: see `Mixed`.
+        windows: token ids ``(count, n)``. protocol: a one-shot one, ``W0`` or ``S<n>``.
         config: anchors and chunks. rotary: the layer's RoPE, None where keys are coded as they come.
         tables: of the layer, by role and spec.
 
@@ -61,7 +60,14 @@ def layer_costs(
 
 @torch.no_grad()
 def cache_cost(model: PreTrainedModel, windows: torch.Tensor, protocol: str, codebook: AnTKVCodebook) -> float:
-    """Loss of a whole codebook, nats a token, as in `layer_costs`."""
+    """Loss of a whole codebook, nats a token.
+
+    Args:
+        windows, protocol: as for `layer_costs`.
+
+    Raises:
+        ValueError: it is not finite.
+    """
     plain_evaluator = _evaluator(model, protocol, codebook.config)
     evaluator = ProtocolEvaluator(model, Protocol.parse(protocol), codebook.config, codebook)
     total = 0.0

@@ -26,8 +26,8 @@ from .checks import check_model, check_sizes, layers_to_learn, weights_digest
 from .intercept import frozen_for_statistics
 from .noise import unseen_windows, with_noise
 from .processes import Processes
-from .sensitivity import ROLES, Mixed, check_spread, measured, search
-from .spread import Place
+from .sensitivity import Mixed, check_spread, measured, search
+from .spread import ROLES, Place
 from .statistics import LayerStatistics, window_statistics
 from .tables import learn_tables
 from .work_folder import WorkFolder, check_shared, digest
@@ -76,9 +76,9 @@ def calibrate(
     than the exact window of `config`.
 
     Several processes (`accelerate launch` or `torchrun`, each with the whole model on a device of its own) share the
-    windows, then the layers, through `work_dir`. Nothing is added up across them, so their number changes no table; the
-    kind of device, the number of threads a process has and `batch_size` do, by rounding. All must call it, and all
-    return the codebook.
+    windows, then the layers (of tables a layer's keys or values), through `work_dir`. Nothing is added up across them,
+    so their number changes no table; the kind of device, the number of threads a process has and `batch_size` do, by
+    rounding. All must call it, and all return the codebook.
 
     Peak memory beside the weights is the larger of
         activations of `batch_size` windows (their whole graph) + 2 * batch_size * window * vocabulary elements
@@ -106,7 +106,7 @@ def calibrate(
         sources: what the card says about the texts, instead of their names. license: of the codebook, for its card.
         mixed: spread so many bits over the layers by measured sensitivity, instead of the specs of `config`: tables of
             all candidates are learned, each is tried alone in a forward of each window (layers * 2 * candidates
-            forwards a window), and ``codebook.calibration["sensitivity"]`` says what was found.
+            forwards a window and protocol), and ``codebook.calibration["sensitivity"]`` says what was found.
 
     Returns:
         The codebook, with relative errors of keys and values in ``codebook.calibration["relative_error"]``: those of

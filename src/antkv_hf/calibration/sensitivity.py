@@ -25,10 +25,10 @@ from ..config import AnTKVConfig
 from ..evaluation.protocols import Protocol
 from ..rotary import Rotary
 from ..specs import VQSpec, spec_for
-from .layer_losses import ROLES, Costs, cache_cost, layer_costs
+from .layer_losses import Costs, cache_cost, layer_costs
 from .noise import with_noise
 from .processes import Processes
-from .spread import Place, spread_bits, spread_within
+from .spread import ROLES, Place, spread_bits, spread_within
 from .work_folder import WorkFolder, save_json
 
 
@@ -70,11 +70,19 @@ class Mixed:
             raise ValueError(f"windows={self.windows} must be at least 1: losses are measured on text")
         if self.max_table_bytes is not None and self.max_table_bytes < 1:
             raise ValueError(f"max_table_bytes={self.max_table_bytes} must be at least 1: give e.g. 12_000_000")
-        if not self.protocols or len(set(self.protocols)) < len(self.protocols):
-            raise ValueError(f"protocols={self.protocols} must name at least one protocol, and each once")
-        for name in self.protocols:
-            if not Protocol.parse(name).one_shot:
-                raise ValueError(f"sensitivity is measured by protocol W0 or S<n> such as S128, not {name!r}")
+        if isinstance(self.protocols, str):
+            raise ValueError(f"protocols={self.protocols!r} must be a tuple of names: give ({self.protocols!r},)")
+        parsed = [Protocol.parse(name) for name in self.protocols]
+        names = tuple(protocol.name for protocol in parsed)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"protocols={tuple(self.protocols)} must name at least one protocol, and none twice: give e.g. "
+                "('S128', 'W0')"
+            )
+        for protocol in parsed:
+            if not protocol.one_shot:
+                raise ValueError(f"sensitivity is measured by protocol W0 or S<n> such as S128, not {protocol.name!r}")
+        object.__setattr__(self, "protocols", names)  # one spelling, by which losses are kept
 
     @property
     def specs(self) -> tuple[VQSpec, ...]:
@@ -156,50 +164,20 @@ def search(
         `config` with `layer_specs`; what was found, JSON-ready; and the spec of all layers to compare with.
     """
     rows = windows[_spread(len(windows), mixed.windows)]
-    settings = {
-        "windows": len(rows),
-        "anchors": asdict(config.anchors),
-        "chunk": config.chunk,
-        "bias": fresh is not None,
-    }
-    layers = sorted(rotary)
-    files = {(p, i): folder.costs_file({**settings, "protocol": p}, i) for p in mixed.protocols for i in layers}
-    known = {at: _read_costs(file) for at, file in files.items()}
-    wanted = {
-        (protocol, layer): [(r, spec) for r in ROLES for spec in mixed.specs if str(spec) not in held.get(r, {})]
-        for (protocol, layer), held in known.items()
-    }
-    missing = [layer for layer in layers if any(wanted[protocol, layer] for protocol in mixed.protocols)]
-    processes.wait()  # until all have seen what is missing
-    own = processes.share(missing)
-    specs = {spec for (_, layer), lacking in wanted.items() if layer in own for _, spec in lacking}
-    books = {spec: _uniform_book(model, config, spec, rotary, described, fresh, folder) for spec in specs}
-    for layer in tqdm(own, desc="sensitivity", unit="layer", disable=not progress or processes.rank > 0):
-        for protocol in mixed.protocols:
-            held = known[protocol, layer]
-            tables = {(r, spec): books[spec].tables[layer][ROLES.index(r)] for r, spec in wanted[protocol, layer]}
-            for (_, role), found in layer_costs(model, rows, protocol, config, layer, rotary[layer], tables).items():
-                held[role] = {**held.get(role, {}), **{str(spec): cost for spec, cost in found.items()}}
-            save_json(held, files[protocol, layer])
-    processes.wait()
-    known = {at: _read_costs(file) for at, file in files.items()}
-    sizes, stored, uniform = head_sizes(described), {}, mixed.uniform()
+    by_protocol = _measure(model, mixed, config, described, rotary, rows, fresh, folder, progress, processes)
+    layers, sizes, uniform = sorted(rotary), head_sizes(described), mixed.uniform()
+    stored: dict[Place, dict[VQSpec, int]] = {}
+    limit: dict[str, Any] = {}
     if mixed.max_table_bytes is not None:
+        limit = {"max_table_bytes": mixed.max_table_bytes}
         stored = {
             (i, r): {s: _stored_bytes(folder.read_tables(i, r, s)[0], fresh is not None) for s in mixed.specs}
             for i in layers
             for r in ROLES
         }
         uniform = mixed.uniform({spec: sum(options[spec] for options in stored.values()) for spec in mixed.specs})
-    costs, unit = _together(
-        {
-            p: {(i, r): {spec: known[p, i][r][str(spec)] for spec in mixed.specs} for i in layers for r in ROLES}
-            for p in mixed.protocols
-        },
-        uniform,
-    )
+    costs, unit = _together(by_protocol, uniform)
     chosen = best = spread_bits(costs, sizes, mixed.bits)
-    limit = {} if mixed.max_table_bytes is None else {"max_table_bytes": mixed.max_table_bytes}
     if mixed.max_table_bytes is not None:
         chosen = spread_within(costs, sizes, mixed.bits, stored, mixed.max_table_bytes)
     record = {
@@ -222,18 +200,70 @@ def search(
     return config.replace(layer_specs=layer_specs(chosen)), record, uniform
 
 
+def _measure(
+    model: PreTrainedModel,
+    mixed: Mixed,
+    config: AnTKVConfig,
+    described: Mapping[str, Any],
+    rotary: Mapping[int, Rotary | None],
+    rows: torch.Tensor,
+    fresh: torch.Tensor | None,
+    folder: WorkFolder,
+    progress: bool,
+    processes: Processes,
+) -> dict[str, Costs]:
+    """Losses by protocol, in nats a token, on windows `rows`: what the folder has not is measured and kept there."""
+    settings = {
+        "windows": len(rows),
+        "anchors": asdict(config.anchors),
+        "chunk": config.chunk,
+        "bias": fresh is not None,
+    }
+    layers = sorted(rotary)
+    files = {(p, i): folder.costs_file({**settings, "protocol": p}, i) for p in mixed.protocols for i in layers}
+    known = {at: _read_costs(file) for at, file in files.items()}
+    lacking = {
+        at: [(r, spec) for r in ROLES for spec in mixed.specs if str(spec) not in held.get(r, {})]
+        for at, held in known.items()
+    }
+    processes.wait()  # until all have seen what is missing
+    own = processes.share([i for i in layers if any(lacking[p, i] for p in mixed.protocols)])
+    needed = {spec for (_, layer), places in lacking.items() if layer in own for _, spec in places}
+    books = {
+        spec: _uniform_book(model, config, spec, rotary, described, fresh, folder)
+        for spec in mixed.specs
+        if spec in needed
+    }
+    for layer in tqdm(own, desc="sensitivity", unit="layer", disable=not progress or processes.rank > 0):
+        for protocol in mixed.protocols:
+            if not lacking[protocol, layer]:
+                continue
+            held = known[protocol, layer]
+            tables = {(r, spec): books[spec].tables[layer][ROLES.index(r)] for r, spec in lacking[protocol, layer]}
+            for (_, role), found in layer_costs(model, rows, protocol, config, layer, rotary[layer], tables).items():
+                held[role] = {**held.get(role, {}), **{str(spec): cost for spec, cost in found.items()}}
+            save_json(held, files[protocol, layer])
+    processes.wait()
+    known = {at: _read_costs(file) for at, file in files.items()}
+    return {
+        p: {(i, r): {spec: known[p, i][r][str(spec)] for spec in mixed.specs} for i in layers for r in ROLES}
+        for p in mixed.protocols
+    }
+
+
 def _together(costs: Mapping[str, Costs], uniform: VQSpec) -> tuple[Costs, str]:
     """Losses by protocol as one loss of each spec in each place, and its unit.
 
     Those of several protocols are shares of what `uniform` in all layers loses by each, summed: in nats a protocol
-    that loses ten times as much, as W0 does, would decide alone.
+    that loses ten times as much, as W0 does, would decide alone. One by which nothing is lost does not count.
     """
     if len(costs) == 1:
         return next(iter(costs.values())), "KL, nats a token"
-    whole = {p: max(sum(options[uniform] for options in found.values()), 1e-12) for p, found in costs.items()}
+    whole = {p: sum(options[uniform] for options in found.values()) for p, found in costs.items()}
     places = next(iter(costs.values()))
+    counted = [p for p in costs if whole[p] > 0]
     together = {
-        place: {spec: sum(found[place][spec] / whole[p] for p, found in costs.items()) for spec in options}
+        place: {spec: sum(costs[p][place][spec] / whole[p] for p in counted) for spec in options}
         for place, options in places.items()
     }
     nats = ", ".join(f"{rounded(loss)} by {p}" for p, loss in whole.items())
@@ -304,7 +334,13 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def _read_costs(file: Path) -> dict[str, dict[str, float]]:
+    """Losses by role and spec; those not measured, or damaged, are left out and so measured anew."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # not measured, or damaged: it is measured anew
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            role: {spec: float(loss) for spec, loss in found[role].items() if math.isfinite(loss)}
+            for role in ROLES
+            if role in found
+        }
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return {}

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..specs import VQSpec
 
+ROLES = ("key", "value")
 Place = tuple[int, str]  # layer, role
 _HALVINGS = 40  # of the price of a byte: far below a millionth of it
 
