@@ -98,7 +98,8 @@ def calibrate(
         float | None,
         typer.Option(
             help="The most that tables may take as stored (in memory three times that, some six with kernels' tables). "
-            "With --mixed: a limit of the spread. With --from: the residual stages that matter least are left out."
+            "With --mixed: a limit of the spread. With --from, if it is not fine-tuned: the residual stages that "
+            "matter least are left out."
         ),
     ] = None,
     settings: Settings = None,

@@ -65,7 +65,7 @@ def drop_stages(codebook: AnTKVCodebook, max_bytes: int) -> AnTKVCodebook:
             least = max_bytes + free
             raise ValueError(
                 f"{max_bytes:,} bytes are too few: with one stage in every layer the tables take {least:,}; allow "
-                "more, or calibrate with candidates of larger sub-vectors"
+                "more, or calibrate with candidates of fewer bits a code, such as d8b6"
             )
         _, place, less, size = min(steps, key=lambda step: (step[0], step[1]))
         specs[place], free, dropped = less, free - size, dropped + 1

@@ -285,7 +285,7 @@ def _learn(
         places.setdefault((layer, role), []).append(spec)
     own = processes.share(list(places.items()))
     total = sum(len(specs) for _, specs in own)
-    with tqdm(total=total, desc="tables", disable=not progress or processes.rank > 0) as bar:
+    with tqdm(total=total, desc="tables", disable=not (progress and own) or processes.rank > 0) as bar:
         for (layer, role), specs in own:
             x, gradients, exclude = folder.read((role, f"{role}_grad", "exclude"), layer, len(plan.windows), device)
             rotary = plan.rotary[layer] if role == "key" else None

@@ -230,7 +230,7 @@ def _measure(
     own = processes.share([i for i in layers if any(lacking[p, i] for p in mixed.protocols)])
     needed = {spec for (_, layer), places in lacking.items() if layer in own for _, spec in places}
     books = {
-        spec: _uniform_book(model, config, spec, rotary, described, fresh, folder)
+        spec: _uniform_book(model, config, spec, rotary, described, fresh, folder, progress and processes.rank == 0)
         for spec in mixed.specs
         if spec in needed
     }
@@ -308,11 +308,12 @@ def _uniform_book(
     described: Mapping[str, Any],
     fresh: torch.Tensor | None,
     folder: WorkFolder,
+    progress: bool = False,
 ) -> AnTKVCodebook:
     """A codebook of one candidate in all `layers`, from the tables in the folder, with noise measured on `fresh`."""
     tables = {i: (folder.read_tables(i, "key", spec)[0], folder.read_tables(i, "value", spec)[0]) for i in layers}
     book = AnTKVCodebook(config.replace(key=spec, value=spec, layer_specs={}), tables, dict(described))
-    return book if fresh is None else with_noise(model, book, fresh)
+    return book if fresh is None else with_noise(model, book, fresh, progress)
 
 
 def without_outdated(calibration: Mapping[str, Any]) -> dict[str, Any]:

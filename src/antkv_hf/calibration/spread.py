@@ -88,7 +88,7 @@ def spread_within(
     if taken > most:
         raise ValueError(
             f"{most:,} bytes are too few: at {bits:g} bits the smallest tables of these candidates take {taken:,}; "
-            "allow more bytes or bits, add a candidate of fewer stages, or skip layers"
+            "allow more bytes or bits, add a candidate of fewer stages or of fewer bits a code (d8b6), or skip layers"
         )
     for _ in range(_HALVINGS):
         middle = math.sqrt(low * high) if low else high / 1024
