@@ -26,7 +26,7 @@ from .checks import check_model, check_sizes, layers_to_learn, weights_digest
 from .intercept import frozen_for_statistics
 from .noise import unseen_windows, with_noise
 from .processes import Processes
-from .sensitivity import Mixed, check_spread, measured, search
+from .sensitivity import Mixed, check_spread, measure, measured, search
 from .spread import ROLES, Place
 from .statistics import LayerStatistics, window_statistics
 from .tables import learn_tables
@@ -158,16 +158,16 @@ def calibrate(
         sensitivity = None
         if mixed is not None:
             with frozen_for_statistics(model):
-                config, sensitivity, uniform = search(
-                    model, mixed, config, described, rotary, windows, fresh, folder, progress, processes
-                )
+                rows = mixed.rows(windows)
+                losses = measure(model, mixed, config, described, rotary, rows, fresh, folder, progress, processes)
+            config, sensitivity, uniform = search(losses, mixed, config, described, rows, fresh is not None, folder)
         tables, errors = _tables(config, rotary, folder)
         with frozen_for_statistics(model):
             book = AnTKVCodebook(config, tables, described)
             if fresh is not None:
                 book = with_noise(model, book, fresh, progress and processes.rank == 0)
             if mixed is not None and sensitivity is not None:
-                sensitivity["measured"] = measured(model, mixed, book, uniform, windows, fresh, folder)
+                sensitivity["measured"] = measured(model, mixed, book, uniform, rows, fresh, folder)
         processes.wait()  # until all have read the tables
     made = {
         "sources": list(sources) if sources is not None else mix.describe(),

@@ -91,6 +91,11 @@ class Mixed:
             sorted({spec_for(c) for c in self.candidates}, key=lambda spec: (spec.bits_per_element, str(spec)))
         )
 
+    def rows(self, windows: torch.Tensor) -> torch.Tensor:
+        """The windows to measure on, at even distances among `windows` ``(count, n)``; all if there are fewer."""
+        wanted = min(self.windows, len(windows))
+        return windows[[i * len(windows) // wanted for i in range(wanted)]]
+
     def uniform(self, stored: Mapping[VQSpec, int] | None = None) -> VQSpec:
         """The largest candidate that all layers could have.
 
@@ -141,66 +146,7 @@ def layer_specs(found: Mapping[Place, VQSpec]) -> dict[int, tuple[VQSpec, VQSpec
     return {layer: (found[layer, "key"], found[layer, "value"]) for layer in sorted({layer for layer, _ in found})}
 
 
-def search(
-    model: PreTrainedModel,
-    mixed: Mixed,
-    config: AnTKVConfig,
-    described: Mapping[str, Any],
-    rotary: Mapping[int, Rotary | None],
-    windows: torch.Tensor,
-    fresh: torch.Tensor | None,
-    folder: WorkFolder,
-    progress: bool,
-    processes: Processes,
-) -> tuple[AnTKVConfig, dict[str, Any], VQSpec]:
-    """Measures every place at every candidate, layer by layer together with the other processes, and spreads the bits.
-
-    Args:
-        described: see `codebook.describe_model`. windows: of the calibration; see `Mixed`.
-        fresh: other windows, on which the noise of each candidate is measured (`with_noise`). None: no bias.
-        folder: holds the tables of all candidates; what is measured is kept there.
-
-    Returns:
-        `config` with `layer_specs`; what was found, JSON-ready; and the spec of all layers to compare with.
-    """
-    rows = windows[_spread(len(windows), mixed.windows)]
-    by_protocol = _measure(model, mixed, config, described, rotary, rows, fresh, folder, progress, processes)
-    layers, sizes, uniform = sorted(rotary), head_sizes(described), mixed.uniform()
-    stored: dict[Place, dict[VQSpec, int]] = {}
-    limit: dict[str, Any] = {}
-    if mixed.max_table_bytes is not None:
-        limit = {"max_table_bytes": mixed.max_table_bytes}
-        stored = {
-            (i, r): {s: _stored_bytes(folder.read_tables(i, r, s)[0], fresh is not None) for s in mixed.specs}
-            for i in layers
-            for r in ROLES
-        }
-        uniform = mixed.uniform({spec: sum(options[spec] for options in stored.values()) for spec in mixed.specs})
-    costs, unit = _together(by_protocol, uniform)
-    chosen = best = spread_bits(costs, sizes, mixed.bits)
-    if mixed.max_table_bytes is not None:
-        chosen = spread_within(costs, sizes, mixed.bits, stored, mixed.max_table_bytes)
-    record = {
-        "bits": mixed.bits,
-        **limit,
-        "protocol": " + ".join(mixed.protocols),
-        "windows": f"{len(rows)} x {rows.shape[1]}",
-        "unit": unit,
-        "layers": layers,
-        **{
-            role: {str(spec): [rounded(costs[layer, role][spec]) for layer in layers] for spec in mixed.specs}
-            for role in ROLES
-        },
-        "predicted": {
-            "mixed": rounded(sum(costs[place][spec] for place, spec in chosen.items())),
-            **({"any size": rounded(sum(costs[place][spec] for place, spec in best.items()))} if limit else {}),
-            str(uniform): rounded(sum(cost[uniform] for cost in costs.values())),
-        },
-    }
-    return config.replace(layer_specs=layer_specs(chosen)), record, uniform
-
-
-def _measure(
+def measure(
     model: PreTrainedModel,
     mixed: Mixed,
     config: AnTKVConfig,
@@ -212,7 +158,16 @@ def _measure(
     progress: bool,
     processes: Processes,
 ) -> dict[str, Costs]:
-    """Losses by protocol, in nats a token, on windows `rows`: what the folder has not is measured and kept there."""
+    """Losses by protocol, nats a token, of every place at every candidate: layer by layer, with the other processes.
+
+    Args:
+        described: see `codebook.describe_model`. rows: the windows to measure on, `Mixed.rows` of the calibration's.
+        fresh: other windows, on which the noise of each candidate is measured (`with_noise`). None: no bias.
+        folder: holds the tables of all candidates; what it has of losses is not measured, what is measured is kept.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
     settings = {
         "windows": len(rows),
         "anchors": asdict(config.anchors),
@@ -251,6 +206,59 @@ def _measure(
     }
 
 
+def search(
+    by_protocol: Mapping[str, Costs],
+    mixed: Mixed,
+    config: AnTKVConfig,
+    described: Mapping[str, Any],
+    rows: torch.Tensor,
+    has_noise: bool,
+    folder: WorkFolder,
+) -> tuple[AnTKVConfig, dict[str, Any], VQSpec]:
+    """Spreads the bits by the losses that `measure` found on windows `rows`.
+
+    Args:
+        has_noise: whether tables of keys will hold noise, which counts as their bytes. folder: holds the tables.
+
+    Returns:
+        `config` with `layer_specs`; what was found, JSON-ready; and the spec of all layers to compare with.
+    """
+    layers = sorted({layer for layer, _ in by_protocol[mixed.protocols[0]]})
+    sizes, uniform = head_sizes(described), mixed.uniform()
+    stored: dict[Place, dict[VQSpec, int]] = {}
+    limit: dict[str, Any] = {}
+    if mixed.max_table_bytes is not None:
+        limit = {"max_table_bytes": mixed.max_table_bytes}
+        stored = {
+            (i, r): {s: _stored_bytes(folder.read_tables(i, r, s)[0], has_noise) for s in mixed.specs}
+            for i in layers
+            for r in ROLES
+        }
+        uniform = mixed.uniform({spec: sum(options[spec] for options in stored.values()) for spec in mixed.specs})
+    costs, unit = _together(by_protocol, uniform)
+    chosen = best = spread_bits(costs, sizes, mixed.bits)
+    if mixed.max_table_bytes is not None:
+        chosen = spread_within(costs, sizes, mixed.bits, stored, mixed.max_table_bytes)
+    record = {
+        "bits": mixed.bits,
+        **limit,
+        "protocol": " + ".join(mixed.protocols),
+        "windows": f"{len(rows)} x {rows.shape[1]}",
+        "unit": unit,
+        "layers": layers,
+        **{
+            role: {str(spec): [rounded(costs[layer, role][spec]) for layer in layers] for spec in mixed.specs}
+            for role in ROLES
+        },
+        "predicted": {
+            "mixed": rounded(sum(costs[place][spec] for place, spec in chosen.items())),
+            **({"any size": rounded(sum(costs[place][spec] for place, spec in best.items()))} if limit else {}),
+            str(uniform): rounded(sum(cost[uniform] for cost in costs.values())),
+        },
+    }
+    return config.replace(layer_specs=layer_specs(chosen)), record, uniform
+
+
 def _together(costs: Mapping[str, Costs], uniform: VQSpec) -> tuple[Costs, str]:
     """Losses by protocol as one loss of each spec in each place, and its unit.
 
@@ -282,13 +290,12 @@ def measured(
     mixed: Mixed,
     book: AnTKVCodebook,
     spec: VQSpec,
-    windows: torch.Tensor,
+    rows: torch.Tensor,
     fresh: torch.Tensor | None,
     folder: WorkFolder,
 ) -> dict[str, Any]:
-    """Loss of the spread and of `spec` in all layers, nats a token, on the windows of `search`; of several protocols
+    """Loss of the spread and of `spec` in all layers, nats a token, on the windows of `measure`; of several protocols
     by protocol."""
-    rows = windows[_spread(len(windows), mixed.windows)]
     same = _uniform_book(model, book.config, spec, book.tables, book.model, fresh, folder)
     losses = {
         protocol: {
@@ -326,12 +333,6 @@ def without_outdated(calibration: Mapping[str, Any]) -> dict[str, Any]:
 
 def rounded(loss: float) -> float:
     return float(f"{loss:.4g}")
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` windows at even distances; all if there are fewer."""
-    wanted = min(wanted, count)
-    return [i * count // wanted for i in range(wanted)]
 
 
 def _read_costs(file: Path) -> dict[str, dict[str, float]]:
